@@ -79,9 +79,7 @@ class Federation:
         self.link.wait()
 
     @contextmanager
-    def submitted(
-        self, out: Path, rounds: int, resume: bool = False, recipe: str = "", **options: Any
-    ) -> Iterator[threading.Thread]:
+    def submitted(self, out: Path, rounds: int, resume: bool = False, recipe: str = "", **options: Any):
         """A run under way; `status` of the thread is that of `flwr run` once it has ended."""
         engine = {
             "superlink": "ficpd", "sites": self.sites, "wait_seconds": SECONDS, "deadline_seconds": 60.0,

@@ -68,9 +68,8 @@ class Coordinator:
         text = (self.written / "coordinator" / "nginx.conf").read_text()
         kept = [line for line in text.splitlines() if "listen [::]" not in line]
         text = "\n".join(kept).replace("/etc/ficpd", str(self.written / "coordinator"))
-        text = text.replace(f"listen {PUBLISHED}", f"listen 127.0.0.1:{port}").replace(
-            f"127.0.0.1:{provision.INNER_PORT}", f"127.0.0.1:{self.port}"
-        )
+        text = text.replace(f"listen {PUBLISHED}", f"listen 127.0.0.1:{port}")
+        text = text.replace(f"127.0.0.1:{provision.INNER_PORT}", f"127.0.0.1:{self.port}")
         (self.folder / "site.conf").write_text(text)
         places = "".join(f"{kind}_temp_path {self.folder}/{kind};\n" for kind in ("client_body", "proxy", *UNUSED))
         user = "user root;\n" if os.geteuid() == 0 else ""

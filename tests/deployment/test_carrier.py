@@ -126,9 +126,8 @@ def test_the_client_half_imports_flower_and_httpx_alone():
 def test_flower_builds_a_small_bundle(tmp_path):
     flwr = Path(sys.executable).parent / "flwr"
     quiet = {"FLWR_HOME": str(tmp_path / "home"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    done = subprocess.run(
-        [flwr, "build", "--app", APP], cwd=tmp_path, env=os.environ | quiet, capture_output=True, text=True, check=False
-    )
+    command, quietly = [flwr, "build", "--app", APP], os.environ | quiet
+    done = subprocess.run(command, cwd=tmp_path, env=quietly, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (bundle,) = tmp_path.glob("ficpd.ficpd-carrier.*.fab")
     assert bundle.stat().st_size < 10_000

@@ -39,14 +39,11 @@ def bad_server(coordinator: Coordinator, kind: str, folder: Path) -> Iterator[tu
         yield address, coordinator.ca if kind == "other authority" else folder / "ca.crt"
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("expired", "certificate has expired"),
-        ("other name", "IP address mismatch"),
-        ("other authority", "unable to get local issuer certificate|self.signed"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("expired", "certificate has expired"),
+    ("other name", "IP address mismatch"),
+    ("other authority", "unable to get local issuer certificate|self.signed"),
+])  # fmt: skip
 def test_certificates(coordinator: Coordinator, kind: str, reason: str, tmp_path: Path):
     """A SuperNode ends and says it in OpenSSL's words; `flwr run` says the same sentence of everything."""
     with bad_server(coordinator, kind, tmp_path) as (address, ca):

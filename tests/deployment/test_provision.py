@@ -50,9 +50,8 @@ def test_a_sites_keys_are_a_pair_of_a_curve_that_flower_takes(made):
         public = load_ssh_public_key((made / "coordinator" / "sites" / f"{name}.pub").read_bytes())
         assert public == private.public_key()
         assert public.curve.name == "secp384r1"
-        assert (made / "sites" / name / "supernode.pub").read_bytes() == (
-            made / "coordinator" / "sites" / f"{name}.pub"
-        ).read_bytes()
+        own, known = made / "sites" / name / "supernode.pub", made / "coordinator" / "sites" / f"{name}.pub"
+        assert own.read_bytes() == known.read_bytes()
 
 
 def test_the_certificate_is_of_the_authority_and_for_the_address(made):

@@ -102,9 +102,7 @@ class Interpreter:
     path: str
     environment: dict[str, str]
 
-    def start(
-        self, user: int, code: str, *words: str, env: Mapping[str, str] | None = None, **more
-    ) -> subprocess.Popen[bytes]:
+    def start(self, user: int, code: str, *words: str, env: Mapping[str, str] | None = None, **more):
         environment = self.environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
         command = [self.path, "-c", code, *words]
         return subprocess.Popen(command, user=user, group=user, extra_groups=[], env=environment, cwd="/", **more)
@@ -200,10 +198,8 @@ def bound_as_the_unit_says(path: Path) -> socket.socket:
     path.parent.chmod(int(says["DirectoryMode"], 8))
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
-    users = {
-        unit("ficpd-supernode.service")["Service"]["User"]: SUPERNODE_USER,
-        unit("ficpd-site.service")["Service"]["User"]: SITE_USER,
-    }
+    wanted = {"ficpd-supernode.service": SUPERNODE_USER, "ficpd-site.service": SITE_USER}
+    users = {unit(name)["Service"]["User"]: user for name, user in wanted.items()}
     users["root"] = 0
     os.chown(path, users[says["SocketUser"]], users[says["SocketGroup"]])
     path.chmod(int(says["SocketMode"], 8))

@@ -123,9 +123,8 @@ def test_no_spelling_of_a_path_gets_past(coordinator: Coordinator, proxy: int):
     context = ssl.create_default_context(cafile=coordinator.ca)
     for path in PATHS:
         asking = http.client.HTTPSConnection("localhost", proxy, context=context, timeout=10)
-        asking.request(
-            "POST", path, b"", {"Content-Type": "application/protobuf", "X-Original-URL": "/v1/control/start-run"}
-        )
+        headers = {"Content-Type": "application/protobuf", "X-Original-URL": "/v1/control/start-run"}
+        asking.request("POST", path, b"", headers)
         assert asking.getresponse().status in (400, 401, 403, 404, 415, 422), path
         asking.close()
     came = [line for line in log.read_bytes()[seen:].decode(errors="replace").splitlines() if "POST" in line]

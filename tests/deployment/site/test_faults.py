@@ -194,9 +194,8 @@ def test_a_node_whose_site_says_nothing_holds_nobody_up(places, out):
         mute.listen()
         grid = grids.Loopback({**sockets, 9: path}, journal=processes.journal(out))
         options = {"wait_seconds": 3600.0, "deadline_seconds": 3600.0}
-        running = threading.Thread(
-            target=processes.coordinate, args=(recipe(), out, sockets, False, print, grid), kwargs=options
-        )
+        given = (recipe(), out, sockets, False, print, grid)
+        running = threading.Thread(target=processes.coordinate, args=given, kwargs=options)
         running.daemon = True
         running.start()
         running.join(60)
@@ -272,7 +271,11 @@ def test_a_site_whose_disk_is_full_releases_nothing_until_it_is_freed(places, ou
             "assignments, and 3 were carried out",
         ),
         (signal.SIGKILL, lambda state: (state / f"{LEDGER}-wal").unlink(), "assignments, and 3 were carried out"),
-        (signal.SIGTERM, lambda state: halve(state / LEDGER), "cannot be read as a ledger"),
+        (
+            signal.SIGTERM,
+            lambda state: os.truncate(state / LEDGER, (state / LEDGER).stat().st_size // 2),
+            "cannot be read as a ledger",
+        ),
         (signal.SIGKILL, lambda state: (state / WITNESS).write_text(""), "expected a number"),
     ],
     ids=["half-a-wal", "no-wal", "half-a-file", "no-witness"],
@@ -308,10 +311,6 @@ def test_a_clock_that_is_a_day_off_changes_nothing_but_the_labels(places, out):
     assert ledgers(places, out) == [[1, 2, 3], [1, 2, 3]]
     assert labels(second)[0] > labels(second)[1], "the second order is labelled two days before the first"
     assert labels(first) == sorted(labels(first))
-
-
-def halve(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
 
 
 def labels(place: Place) -> list[str]:

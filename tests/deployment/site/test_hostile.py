@@ -1,21 +1,16 @@
 """A site and a coordinator who means harm: what it asks for costs what it is worth, or is refused for nothing."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ficpd.deployment import run_spec
-from ficpd.deployment.site.site import Site
 from ficpd.errors import BudgetError, CodecError, PolicyError, PrivacyError
-from ficpd.experiments.build import ExperimentContext
 from ficpd.federation import codec
-from site_of import NOISED, begun, context, site, train
+from site_of import begun, context, train
 
 SUMMED = (
     'privacy.name="client_gaussian"', 'privacy.placement="central"', "privacy.epsilon=1.0", "privacy.delta=1e-3",
@@ -24,27 +19,13 @@ SUMMED = (
 CENTRAL: dict[str, Any] = {"mechanisms": ["client_gaussian:central"], "delta": 1e-3}
 
 
-@pytest.fixture
-def opened() -> Iterator[Callable[..., Site]]:
-    with ExitStack() as stack:
-        yield lambda *given, **more: stack.enter_context(closing(site(*given, **more)))
-
-
-@pytest.fixture
-def noised(tmp_path: Path) -> ExperimentContext:
-    return context(tmp_path, "fedavg", *NOISED)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("cohort", 0), ("cohort", -1), ("cohort", True), ("cohort", 1.5), ("cohort", None), ("cohort", 100),
-        ("num_rounds", 0), ("num_rounds", True), ("num_rounds", 2.5), ("num_rounds", "3"),
-        ("seed", None), ("seed", [1]), ("seed", True), ("seed", "1"),
-        ("max_norm", "x"), ("max_norm", 0.0), ("max_norm", -1), ("max_norm", True), ("max_norm", None),
-        ("everyone_first", 1), ("everyone_last", "yes"), ("accept_late", -1), ("accept_late", True),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "value"), [
+    ("cohort", 0), ("cohort", -1), ("cohort", True), ("cohort", 1.5), ("cohort", None), ("cohort", 100),
+    ("num_rounds", 0), ("num_rounds", True), ("num_rounds", 2.5), ("num_rounds", "3"),
+    ("seed", None), ("seed", [1]), ("seed", True), ("seed", "1"),
+    ("max_norm", "x"), ("max_norm", 0.0), ("max_norm", -1), ("max_norm", True), ("max_norm", None),
+    ("everyone_first", 1), ("everyone_last", "yes"), ("accept_late", -1), ("accept_late", True),
+])  # fmt: skip
 def test_a_schedule_that_no_coordinator_makes_is_refused_by_its_setting(noised, tmp_path, opened, name, value):
     own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     found = run_spec.decode(said)
@@ -97,11 +78,8 @@ def test_an_order_of_another_shape_is_answered_alike_whether_or_not_the_budget_p
         own.handle(train(orders[0], said))
     spent, runs = own.status()["epsilon"]["spent"], len(own.status()["runs"])
     good = codec.decode_assignment(orders[0], noised.model.backbone.fingerprint)
-    bad = {
-        "rate": replace(good, facts={"rate": -1.0}),
-        "round": replace(good, round=4),
-        "arrays": replace(good, arrays={}),
-    }
+    rate, late = replace(good, facts={"rate": -1.0}), replace(good, round=4)
+    bad = {"rate": rate, "round": late, "arrays": replace(good, arrays={})}
     order = codec.encode_assignment(bad[field], noised.model.backbone.fingerprint)
     with pytest.raises((CodecError, PrivacyError), match=r"rate|round 4|no prompt"):
         own.handle(train(order, said, run="b" * 32))

@@ -92,9 +92,8 @@ def test_a_socket_that_systemd_hands_over_is_used_as_it_is():
             "sock = systemd_socket(); print(sock.getsockname())"
         )
         environment = {**os.environ, "LISTEN_FDS": "1", "GIVEN": str(listening.fileno())}
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=environment, pass_fds=[listening.fileno()], capture_output=True, text=True
-        )
+        how = {"env": environment, "pass_fds": [listening.fileno()], "capture_output": True, "text": True}
+        run = subprocess.run([sys.executable, "-c", code], **how)
         listening.close()
         assert run.stdout.strip() == str(path), run.stderr
         assert http.systemd_socket() is None
@@ -111,16 +110,13 @@ def test_a_path_that_is_too_long_is_an_error_of_the_file(tmp_path):
         config.read(file)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("name = 1\nnames = 2", "unknown part 'names'; did you mean 'name'"),
-        ("[policy]\nepsilonn = 2", "unknown key 'epsilonn'; did you mean 'epsilon'"),
-        ("[policy]\nepsilon = -2", "policy.epsilon = -2"),
-        ("name = ", "is not TOML"),
-        ('name = "a/b"', "make a name"),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("name = 1\nnames = 2", "unknown part 'names'; did you mean 'name'"),
+    ("[policy]\nepsilonn = 2", "unknown key 'epsilonn'; did you mean 'epsilon'"),
+    ("[policy]\nepsilon = -2", "policy.epsilon = -2"),
+    ("name = ", "is not TOML"),
+    ('name = "a/b"', "make a name"),
+])  # fmt: skip
 def test_a_mistake_in_the_sites_file_is_named(tmp_path, text, words):
     file = tmp_path / "site.toml"
     file.write_text(text)
@@ -130,9 +126,8 @@ def test_a_mistake_in_the_sites_file_is_named(tmp_path, text, words):
 
 def test_lines_are_found_in_every_way_of_writing_toml():
     text = 'seed = 1\n[policy]\n# epsilon = 9\nepsilon = 2\n[groups.a.task]\n"name" = "x"\n[data]\ncolumns.text = "t"\n'
-    found = [
-        config.line_number(text, key) for key in ("seed", "policy.epsilon", "groups.a.task.name", "data.columns.text")
-    ]
+    keys = ("seed", "policy.epsilon", "groups.a.task.name", "data.columns.text")
+    found = [config.line_number(text, key) for key in keys]
     assert found == [1, 4, 6, 8]
     assert config.line_number(text, "policy.delta") is None
     assert config.location("site.toml", text, "policy.delta") == "site.toml, by default"
@@ -200,9 +195,8 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
         assert words in said
     assert not (tmp_path / "state").exists()
     file.write_text(file.read_text() + "max_local_steps = 2\n")
-    with pytest.raises(
-        PolicyError, match=r"recipe.toml line \d+: training.local_steps = 3; site.toml line 18: at most 2"
-    ):
+    limit = r"recipe.toml line \d+: training.local_steps = 3; site.toml line 18: at most 2"
+    with pytest.raises(PolicyError, match=limit):
         list(preflight_lines(file, tmp_path / "recipe.toml", 3))
 
 

@@ -32,17 +32,14 @@ def places() -> Iterator[list[Place]]:
     warm.close()
 
 
-@pytest.mark.parametrize(
-    ("call", "killed", "updates", "paid"),
-    [
-        ("share", [1], 3, [1, 3]),  # before its shares leave
-        ("mask", [1], 3, [1, 3]),  # after them, before its vector
-        ("consent", [1], 4, [1, 2, 3]),  # after its vector
-        ("reveal", [1], 4, [1, 2, 3]),
-        ("mask", [1, 2], 0, [1, 3]),
-        ("consent", [1, 2], 0, [1, 2, 3]),
-    ],
-)
+@pytest.mark.parametrize(("call", "killed", "updates", "paid"), [
+    ("share", [1], 3, [1, 3]),  # before its shares leave
+    ("mask", [1], 3, [1, 3]),  # after them, before its vector
+    ("consent", [1], 4, [1, 2, 3]),  # after its vector
+    ("reveal", [1], 4, [1, 2, 3]),
+    ("mask", [1, 2], 0, [1, 3]),
+    ("consent", [1, 2], 0, [1, 2, 3]),
+])  # fmt: skip
 def test_a_round_is_saved_or_void_whenever_sites_are_killed_and_nothing_is_spent_twice(
     places: list[Place], tmp_path: Path, call: str, killed: list[int], updates: int, paid: list[int]
 ):
@@ -62,6 +59,5 @@ def test_a_round_is_saved_or_void_whenever_sites_are_killed_and_nothing_is_spent
     for number, place in enumerate(places):
         place.stop()
         done, costs = processes.ledger_of(place.config)
-        assert done == [cost["round"] for cost in costs] == (paid if number in killed else [1, 2, 3]), (
-            "a void round has spent, once"
-        )
+        expected = paid if number in killed else [1, 2, 3]  # a void round has spent, once
+        assert done == [cost["round"] for cost in costs] == expected

@@ -18,7 +18,6 @@ from ficpd.deployment.site.site import Site
 from ficpd.errors import BudgetError, CodecError, PolicyError, PrivacyError, SiteError
 from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.config import Experiment, parse
-from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run
 from ficpd.federation import codec
 from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, VECTOR
@@ -48,9 +47,7 @@ def sites(context: ExperimentContext, **policy: Any) -> AbstractContextManager[d
     return grids.sites(context, True, **{**POLICY, **policy})
 
 
-def served(
-    context: ExperimentContext, found: Mapping[str, Site], out: Path, fates: Mapping[tuple[int, int], str]
-) -> RunResult:
+def served(context: ExperimentContext, found: Mapping[str, Site], out: Path, fates: Mapping[tuple[int, int], str]):
     from ficpd.deployment.flower_engine import Config, Flower
 
     grid = grids.Loopback({place: one.config.socket for place, one in enumerate(found.values(), 1)}, fates)
@@ -153,11 +150,8 @@ class Server:
 
     def vector(self, name: str, given: Any, round: int = 1, **more: Any) -> torch.Tensor:
         inner = torch.frombuffer(bytearray(self.orders[round - 1]), dtype=torch.uint8)
-        facts = {
-            "parts": [""],
-            "sizes": {"gradient": 48},
-            "shares": {n: s[name] for n, s in given.items() if n != name},
-        }
+        others = {n: s[name] for n, s in given.items() if n != name}
+        facts = {"parts": [""], "sizes": {"gradient": 48}, "shares": others}
         return self.ask(name, VECTOR, round, {"assignment": inner}, **{**facts, **more}).arrays[MASKED]
 
     def spent(self, name: str = "site-0") -> float:
@@ -255,9 +249,8 @@ def test_sites_that_were_asked_for_other_sums_make_no_sum(shared, tmp_path, told
     server = Server(shared, tmp_path)
     adverts = server.keys()
     shares, names = server.shares(adverts), list(server.sites)
-    asked = {
-        name: {"gradient": 48, **told} if name != "site-0" else {"gradient": 48 + len(told) * 48} for name in names
-    }
+    one = {"gradient": 48 + len(told) * 48}
+    asked = {name: one if name == "site-0" else {"gradient": 48, **told} for name in names}
     cost = SharedGaussian.cost
     total = lambda one, kind, name="": cost(one, ReleaseKind.STEP if name == "classes" else kind, name)  # noqa: E731
     monkeypatch.setattr(SharedGaussian, "cost", total)  # as if the method had it
@@ -321,9 +314,8 @@ def test_a_policy_decides_how_many_sites_may_collude_and_how_noise_is_planned(tm
     careless = [change for change in SHARED if "colluding" not in change and "least_records" not in change]
     context = build_context(experiment(tmp_path, "fedavg", *careless, "privacy.max_colluding=0"))
     server = Server(context, tmp_path)
-    with pytest.raises(
-        PolicyError, match=r"privacy.least_records is open.*max_colluding = 0.*least_colluding|at least 1"
-    ):
+    limits = r"privacy.least_records is open.*max_colluding = 0.*least_colluding|at least 1"
+    with pytest.raises(PolicyError, match=limits):
         server.ask("site-0", KEYS)
 
 

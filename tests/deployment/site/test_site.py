@@ -52,27 +52,26 @@ def engine(found: dict[str, Site], **options: Any) -> Any:
     return Flower(config, grid, "")  # type: ignore[arg-type]
 
 
+def served(one: ExperimentContext, found: dict[str, Site], out: Path, say=lambda line: None, resume=False) -> RunResult:
+    return coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), resume=resume, say=say)
+
+
 SUMMED = (
     'privacy.name="client_gaussian"', 'privacy.placement="central"', "privacy.epsilon=8.0", "privacy.delta=1e-3",
     "privacy.clip_norm=0.5",
 )  # fmt: skip
+FARTHER = 'method.server.kind="extrapolated"'
 PLAIN, PRIVATE = (), (*NOISED, 'compression.name="subspace"', "compression.dimension=8")
+PRIVATE_METHODS = ("fedavg", "ficpd", "fpl", "fedhpl", "prompt_dpsgd", "dp_fpl", "dp_zo", "dp_cma_es")
 WITH_PRIORS = (*NOISED, "privacy.statistics={ labels = 0.1 }", "method.label_prior=true")
 
 
-@pytest.mark.parametrize(
-    ("method", "changes", "why"),
-    [
-        ("fedbpt", NOISED, "no private form"),
-        (
-            "fpl",
-            (*SUMMED, 'method.clusters="none"', 'method.server.kind="extrapolated"'),
-            "aggregates each client's update",
-        ),
-        ("zero_shot", (), "for simulations"),
-        ("centralized", (), "for simulations"),
-    ],
-)
+@pytest.mark.parametrize(("method", "changes", "why"), [
+    ("fedbpt", NOISED, "no private form"),
+    ("fpl", (*SUMMED, 'method.clusters="none"', FARTHER), "aggregates each client's update"),
+    ("zero_shot", (), "for simulations"),
+    ("centralized", (), "for simulations"),
+])  # fmt: skip
 def test_sites_are_not_waited_for_by_what_they_could_not_do(tmp_path, method, changes, why):
     context = build_context(small.experiment(tmp_path, method, *changes))
     with pytest.raises((PrivacyError, ConfigError), match=why):
@@ -80,37 +79,29 @@ def test_sites_are_not_waited_for_by_what_they_could_not_do(tmp_path, method, ch
     assert not (tmp_path / "served" / "resolved.toml").exists()
 
 
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [
-        *product(
-            ("fedavg", "ficpd", "fpl", "fedhpl", "prompt_dpsgd", "dp_fpl", "dp_zo", "dp_cma_es"), (PLAIN, PRIVATE)
-        ),
-        *product(("local", "fedbpt"), (PLAIN,)),
-        *product(("feddtpt", "fedlora"), (PLAIN, NOISED)),
-        *product(("ficpd", "fpl"), (("method.label_prior=true",), WITH_PRIORS)),
-    ],
-)
+@pytest.mark.parametrize(("method", "changes"), [
+    *product(PRIVATE_METHODS, (PLAIN, PRIVATE)),
+    *product(("local", "fedbpt"), (PLAIN,)),
+    *product(("feddtpt", "fedlora"), (PLAIN, NOISED)),
+    *product(("ficpd", "fpl"), (("method.label_prior=true",), WITH_PRIORS)),
+])  # fmt: skip
 def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes):
     experiment = small.experiment(tmp_path, method, *changes)
     run(experiment, tmp_path / "run")
     expected = small.library(tmp_path)
     context = build_context(experiment)
     with grids.sites(context, methods=(method,)) as found:
-        result = coordinator.run_coordinator(
-            recipe(context), "small.toml", tmp_path / "served", engine(found), say=lambda line: None
-        )
+        result = served(context, found, tmp_path / "served")
         scores = {name: next(iter(one.status()["runs"].values()))["scores"]["personal"] for name, one in found.items()}
-    served = PromptLibrary.load(tmp_path / "served").candidates()
-    assert served.keys() == expected.keys()
-    for name, prompt in served.items():
+    left = PromptLibrary.load(tmp_path / "served").candidates()
+    assert left.keys() == expected.keys()
+    for name, prompt in left.items():
         assert small.close(prompt.vectors_PD, expected[name], 1e-5)
     assert result.num_rounds == 3
     assert result.dropped_updates == 0
     simulated = RunResult.load(tmp_path / "run")
-    assert {name: score["accuracy"] for name, score in scores.items()} == {
-        name: score["accuracy"] for name, score in simulated.scores.per_client.items()
-    }, "each site's own view of how it is served"
+    seen, known = ({n: of["accuracy"] for n, of in found.items()} for found in (scores, simulated.scores.per_client))
+    assert seen == known, "each site's own view of how it is served"
     known = simulated.bytes
     assert (result.bytes.up_total, result.bytes.down_total) == (known.up_total, known.down_total)
 
@@ -146,9 +137,7 @@ def test_run_coordinator_of_a_refused_first_round_saves_no_library_and_can_resum
 def test_a_coordinators_report_says_first_whose_noise_somebody_knows(tmp_path, simulated):
     one, said = context(tmp_path, "fedavg", *NOISED), list[str]()
     with grids.sites(one, simulated=simulated) as found:
-        result = coordinator.run_coordinator(
-            recipe(one), "small.toml", tmp_path / "served", engine(found), say=said.append
-        )
+        result = served(one, found, tmp_path / "served", said.append)
     page = (tmp_path / "served" / "report.html").read_text()
     assert (result.privacy.rehearsed == list(one.shards)) == simulated
     met = [line for line in said if "waiting for sites" not in line and "is connected" not in line]
@@ -158,19 +147,14 @@ def test_a_coordinators_report_says_first_whose_noise_somebody_knows(tmp_path, s
         assert re.search(r"<h1[^>]*>\s*REHEARSAL", page), "the page's headline"
 
 
-@pytest.fixture
-def noised(tmp_path: Path) -> ExperimentContext:
-    return context(tmp_path, "fedavg", *NOISED)
-
-
-def test_the_same_order_is_answered_with_the_same_bytes_and_costs_nothing(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path, simulated=False), begun(noised)
+def test_the_same_order_is_answered_with_the_same_bytes_and_costs_nothing(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path, simulated=False), begun(noised)
     first = own.handle(train(orders[0], said))
     spent = own.status()["epsilon"]["spent"]
     assert spent > 0
     assert own.handle(train(orders[0])) == first
     own.close()
-    again = site(noised, "site-0", tmp_path, simulated=False)  # after a restart, without the terms
+    again = opened(noised, "site-0", tmp_path, simulated=False)  # after a restart, without the terms
     assert again.handle(train(orders[0])) == first
     assert again.status()["epsilon"]["spent"] == spent
     second = again.handle(train(orders[1]))
@@ -178,7 +162,6 @@ def test_the_same_order_is_answered_with_the_same_bytes_and_costs_nothing(noised
     assert again.status()["epsilon"]["spent"] > spent
     with pytest.raises(PrivacyError, match="round 1 of fedavg after round 2"):  # out of order: over, and not paid again
         again.handle(train(orders[0]))
-    again.close()
 
 
 def test_noise_of_a_real_site_is_the_operating_systems_whatever_the_recipe_says(noised, tmp_path):
@@ -202,33 +185,32 @@ def test_noise_on_a_sum_of_real_sites_does_not_come_from_the_seed_that_they_all_
     for place in range(2):
         with grids.sites(one, mechanisms=["client_gaussian:central"]) as found:
             folder = tmp_path / f"served{place}"
-            coordinator.run_coordinator(recipe(one), "small.toml", folder, engine(found), say=lambda line: None)
+            served(one, found, folder)
         left.append(PromptLibrary.load(folder).prompts["global"].vectors_PD)
     assert not torch.equal(*left)
     assert RunResult.load(folder).privacy.noise == "cryptographic"
 
 
-def test_a_run_with_noise_at_the_server_is_paid_by_its_sites_too(tmp_path):
+def test_a_run_with_noise_at_the_server_is_paid_by_its_sites_too(tmp_path, opened):
     one = context(tmp_path, "fedavg", *SUMMED)
     orders, said = begun(one)
     policy: dict[str, Any] = {"mechanisms": ["client_gaussian:central"], "epsilon": 10.0}
-    own = site(one, "site-0", tmp_path, **policy)
+    own = opened(one, "site-0", tmp_path, **policy)
     own.handle(train(orders[0], said))
     spent = own.status()["epsilon"]["spent"]
     assert 7.0 < spent <= 8.0, "all that the run plans"
     own.close()
-    own = site(one, "site-0", tmp_path, **policy)
+    own = opened(one, "site-0", tmp_path, **policy)
     own.handle(train(orders[1]))
     assert own.status()["epsilon"]["spent"] == spent
     with pytest.raises(BudgetError, match="on other runs"):
         own.handle(train(orders[0], said, run="b" * 32))
     assert own.status()["epsilon"]["spent"] == spent
-    own.close()
 
 
-def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, tmp_path):
+def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, tmp_path, opened):
     """Whoever chose how many rows are a readout would choose how long a text may be before it fails."""
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     found = run_spec.decode(said)
     start = found.start
     bad = [
@@ -252,7 +234,6 @@ def test_a_start_that_no_run_has_is_refused_before_a_record_is_touched(noised, t
     assert not own.runs
     assert own.status()["epsilon"]["spent"] == 0
     own.handle(train(orders[0], said))
-    own.close()
 
 
 @pytest.mark.parametrize(
@@ -284,19 +265,18 @@ def test_a_site_whose_records_do_not_fit_beside_a_prompt_does_not_open(noised, t
     assert not (tmp_path / "site-0").exists()
 
 
-def test_a_round_is_scored_once_where_the_scores_stay(noised, tmp_path, monkeypatch):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+def test_a_round_is_scored_once_where_the_scores_stay(noised, tmp_path, opened, monkeypatch):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     own.handle(train(orders[0], said))
     scored: list[int] = []
     monkeypatch.setattr(own, "_scores", lambda run, order: scored.append(order.round) or {})
     for place in (0, 0, 1, 0, 1):
         assert own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[place]))) == b"{}"
     assert scored == [1, 2]
-    own.close()
 
 
-def test_an_evaluation_that_fails_is_answered_as_one_that_does_not(noised, tmp_path, monkeypatch):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+def test_an_evaluation_that_fails_is_answered_as_one_that_does_not(noised, tmp_path, opened, monkeypatch):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     own.handle(train(orders[0], said))
     monkeypatch.setattr("ficpd.deployment.site.site.score_prompt", lambda *given: 1 / 0)
     answers = []
@@ -304,20 +284,18 @@ def test_an_evaluation_that_fails_is_answered_as_one_that_does_not(noised, tmp_p
         answers.append(own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[0]))))
     assert answers == [b"{}"]
     assert "ZeroDivisionError" in own.status()["last_error"]["error"]
-    own.close()
 
 
-def test_terms_are_asked_for_and_then_kept(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+def test_terms_are_asked_for_and_then_kept(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     with pytest.raises(SpecMissingError):
         own.handle(train(orders[0]))
     own.handle(train(orders[0], said))
     own.handle(train(orders[1]))
-    own.close()
 
 
-def test_no_more_orders_than_the_terms_plan(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised, rounds=4)
+def test_no_more_orders_than_the_terms_plan(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised, rounds=4)
     for order in orders[:3]:
         own.handle(train(order, said))
     spent = own.status()["epsilon"]["spent"]
@@ -325,11 +303,10 @@ def test_no_more_orders_than_the_terms_plan(noised, tmp_path):
     with pytest.raises(PolicyError, match="not in the run's spec"):
         own.handle(train(orders[3]))
     assert own.status()["epsilon"]["spent"] == spent
-    own.close()
 
 
-def test_the_budget_is_over_all_runs_and_a_run_that_does_not_fit_spends_nothing(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path, epsilon=5.0), begun(noised)
+def test_the_budget_is_over_all_runs_and_a_run_that_does_not_fit_spends_nothing(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path, epsilon=5.0), begun(noised)
     for order in orders:
         own.handle(train(order, said))
     spent = own.status()["epsilon"]["spent"]
@@ -338,41 +315,35 @@ def test_the_budget_is_over_all_runs_and_a_run_that_does_not_fit_spends_nothing(
         own.handle(train(orders[0], said, run="b" * 32))
     assert own.status()["epsilon"]["spent"] == spent
     own.close()
-    wider = site(noised, "site-0", tmp_path, epsilon=9.0)
+    wider = opened(noised, "site-0", tmp_path, epsilon=9.0)
     wider.handle(train(orders[0], said, run="b" * 32))
     assert spent < wider.status()["epsilon"]["spent"] < 9.0
     assert [r["rounds_served"] for r in wider.status()["runs"].values()] == [3, 1]
-    wider.close()
 
 
-@pytest.mark.parametrize(
-    ("policy", "words"),
-    [
-        ({"methods": ["ficpd"]}, r"small.toml line \d+: method.name = 'fedavg'.*policy.methods|methods are 'ficpd'"),
-        ({"mechanisms": ["none"]}, r"small.toml line \d+: privacy is 'record_gaussian'"),
-        ({"max_local_steps": 1}, r"small.toml line \d+: training.local_steps = 2; site.toml, by default: at most 1"),
-        ({"max_batch_size": 2}, r"training.batch_size = 4"),
-        ({"max_candidates": 7}, r"training.directions = 4; site.toml, by default: at most 3"),
-        ({"max_candidates": 15}, r"training.population = 16"),
-        ({"max_rounds": 2}, r"federation.num_rounds = 3"),
-        ({"max_clip_norm": 1e-6}, r"privacy.clip_norm = "),
-    ],
-)
-def test_what_the_policy_does_not_allow_is_refused_by_line_and_spends_nothing(noised, tmp_path, policy, words):
-    own, (orders, said) = site(noised, "site-0", tmp_path, **policy), begun(noised)
+@pytest.mark.parametrize(("policy", "words"), [
+    ({"methods": ["ficpd"]}, r"small.toml line \d+: method.name = 'fedavg'.*policy.methods|methods are 'ficpd'"),
+    ({"mechanisms": ["none"]}, r"small.toml line \d+: privacy is 'record_gaussian'"),
+    ({"max_local_steps": 1}, r"small.toml line \d+: training.local_steps = 2; site.toml, by default: at most 1"),
+    ({"max_batch_size": 2}, r"training.batch_size = 4"),
+    ({"max_candidates": 7}, r"training.directions = 4; site.toml, by default: at most 3"),
+    ({"max_candidates": 15}, r"training.population = 16"),
+    ({"max_rounds": 2}, r"federation.num_rounds = 3"),
+    ({"max_clip_norm": 1e-6}, r"privacy.clip_norm = "),
+])  # fmt: skip
+def test_what_the_policy_does_not_allow_is_refused_by_line_and_spends_nothing(noised, tmp_path, opened, policy, words):
+    own, (orders, said) = opened(noised, "site-0", tmp_path, **policy), begun(noised)
     with pytest.raises(PolicyError, match=words):
         own.handle(train(orders[0], said))
     assert own.status()["epsilon"]["spent"] == 0
     assert not own.runs
-    own.close()
 
 
-def test_a_search_has_no_more_generations_than_the_policy_has_steps(tmp_path):
+def test_a_search_has_no_more_generations_than_the_policy_has_steps(tmp_path, opened):
     searched = context(tmp_path, "fedbpt")
-    own, (orders, said) = site(searched, "site-0", tmp_path, methods=["fedbpt"], max_local_steps=7), begun(searched)
+    own, (orders, said) = opened(searched, "site-0", tmp_path, methods=["fedbpt"], max_local_steps=7), begun(searched)
     with pytest.raises(PolicyError, match=r"method.iterations = 8; site.toml, by default: at most 7"):
         own.handle(train(orders[0], said))
-    own.close()
 
 
 def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
@@ -425,16 +396,15 @@ def test_a_half_written_ledger_is_refused_and_left_as_it_is(noised, tmp_path):
     assert ledger.read_bytes() == half
 
 
-def test_one_process_at_a_time(noised, tmp_path):
-    own = site(noised, "site-0", tmp_path)
+def test_one_process_at_a_time(noised, tmp_path, opened):
+    opened(noised, "site-0", tmp_path)
     with pytest.raises(SiteError, match="two would spend one budget"):
-        site(noised, "site-0", tmp_path)
+        opened(noised, "site-0", tmp_path)
     assert (tmp_path / "site-0").stat().st_mode & 0o777 == 0o700
-    own.close()
 
 
-def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path):
-    own = site(noised, "site-0", tmp_path)
+def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path, opened):
+    own = opened(noised, "site-0", tmp_path)
     assert "round 3" in own.public_error(PolicyError("round 3"))
     kinds = (ValueError, DataError, BackboneError, PrivacyError, LedgerError, ConfigError, KeyError)
     assert len({own.public_error(kind("secret words")) for kind in kinds}) == 1
@@ -442,7 +412,6 @@ def test_what_does_not_quote_a_record_is_told_and_nothing_else(noised, tmp_path)
     assert "1.987" in own.status()["last_error"]["error"]
     assert "secret" not in own.public_error(DataError("secret words of a record"))
     assert "secret words" in own.status()["last_error"]["error"]
-    own.close()
 
 
 def test_scores_leave_only_where_nothing_was_promised_and_the_owner_says_so(tmp_path):
@@ -460,9 +429,7 @@ def test_scores_leave_only_where_nothing_was_promised_and_the_owner_says_so(tmp_
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     one = context(tmp_path, "fpl", *NOISED)
     with grids.sites(one) as found:
-        whole = coordinator.run_coordinator(
-            recipe(one), "small.toml", tmp_path / "whole", engine(found), say=lambda line: None
-        )
+        whole = served(one, found, tmp_path / "whole")
     spent = {}
     with grids.sites(one) as found:
         lines: list[str] = []
@@ -473,11 +440,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            coordinator.run_coordinator(recipe(one), "small.toml", tmp_path / "cut", engine(found), say=stops)
+            served(one, found, tmp_path / "cut", stops)
         checkpoint = tmp_path / "cut" / "checkpoint"
-        coordinator.run_coordinator(
-            recipe(one), "small.toml", tmp_path / "cut", engine(found), resume=True, say=lines.append
-        )
+        served(one, found, tmp_path / "cut", lines.append, resume=True)
         spent = {name: own.status()["epsilon"]["spent"] for name, own in found.items()}
         assert checkpoint.exists()
     assert all(0 < epsilon <= 4.0 for epsilon in spent.values())
@@ -495,19 +460,17 @@ def test_a_coordinator_without_its_checkpoint_does_not_go_on_without_what_sites_
 
     with grids.sites(one) as found:
         with pytest.raises(KeyboardInterrupt):
-            coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), say=stops)
+            served(one, found, out, stops)
         newest = (out / "checkpoint").read_bytes()
         (out / "checkpoint").unlink()
         with pytest.raises(RunError, match=r"has 2 rounds.*is gone.*Restore the newest checkpoint"):
-            coordinator.run_coordinator(
-                recipe(one), "small.toml", out, engine(found), resume=True, say=lambda line: None
-            )
+            served(one, found, out, resume=True)
         (out / "checkpoint").write_bytes(newest)
-        assert coordinator.run_coordinator(recipe(one), "small.toml", out, engine(found), resume=True).num_rounds == 3
+        assert served(one, found, out, resume=True).num_rounds == 3
 
 
-def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     found = run_spec.decode(said)
     for part, module in (("method", "antigravity.x"), ("privacy", "this.module"), ("compression", "os.path")):
         for changed in ({part: {"name": module}}, {"metrics": ({"name": module},)}):
@@ -516,14 +479,13 @@ def test_whoever_sends_terms_does_not_choose_what_a_site_imports(noised, tmp_pat
             with pytest.raises(CodecError, match="module outside the package"):
                 own.handle(train(orders[0], body))
     assert not own.runs
-    own.close()
 
 
 @pytest.mark.parametrize("what", ["train", "evaluate"])
-def test_an_order_of_another_shape_touches_no_record(tmp_path, what):
+def test_an_order_of_another_shape_touches_no_record(tmp_path, opened, what):
     """Whether it could be carried out would depend on the records that were drawn, or on what the site chose by them."""
     one = context(tmp_path, "fpl", *NOISED)
-    own, (orders, said) = site(one, "site-0", tmp_path), begun(one)
+    own, (orders, said) = opened(one, "site-0", tmp_path), begun(one)
     own.handle(train(orders[0], said))
     spent, fingerprint = own.status()["epsilon"]["spent"], one.model.backbone.fingerprint
     good = codec.decode_assignment(orders[1], fingerprint)
@@ -550,11 +512,10 @@ def test_an_order_of_another_shape_touches_no_record(tmp_path, what):
             own.handle(codec.encode_call(SiteRequest(what, "a" * 32, codec.encode_assignment(order, fingerprint))))
     assert own.status()["epsilon"]["spent"] == spent
     assert own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[1]))) == b"{}"
-    own.close()
 
 
-def test_a_run_keeps_the_terms_it_began_with_and_begins_with_an_order(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+def test_a_run_keeps_the_terms_it_began_with_and_begins_with_an_order(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     with pytest.raises(CodecError, match="begins with its first assignment"):
         own.handle(codec.encode_call(SiteRequest("evaluate", "a" * 32, orders[0], said)))
     own.handle(train(orders[0], said))
@@ -562,19 +523,18 @@ def test_a_run_keeps_the_terms_it_began_with_and_begins_with_an_order(noised, tm
     first, found = kept.read_bytes(), run_spec.decode(said)
     other = run_spec.encode(replace(found, schedule=replace(found.schedule, num_rounds=100)))
     own.close()
-    again = site(noised, "site-0", tmp_path)
+    again = opened(noised, "site-0", tmp_path)
     again.handle(train(orders[1], other))
     assert kept.read_bytes() == first
     assert again.runs["a" * 32].participations == 3
     for name in ("", "../x", "A" * 32, "a" * 65):
         with pytest.raises(CodecError, match="hexadecimal"):
             again.handle(train(orders[1], said, run=name))
-    again.close()
 
 
-def test_no_more_orders_than_the_cohorts_have_this_site_in(tmp_path):
+def test_no_more_orders_than_the_cohorts_have_this_site_in(tmp_path, opened):
     one = context(tmp_path, "fedavg", *NOISED, "federation.num_rounds=6", "federation.clients_per_round=1")
-    own, (orders, said) = site(one, "site-0", tmp_path), begun(one)
+    own, (orders, said) = opened(one, "site-0", tmp_path), begun(one)
     own.handle(train(orders[0], said))
     (run,) = own.runs.values()
     assert 1 <= run.participations < 6
@@ -583,53 +543,47 @@ def test_no_more_orders_than_the_cohorts_have_this_site_in(tmp_path):
     with pytest.raises(PolicyError, match="all that its spec plans"):
         own.handle(train(orders[run.participations]))
     assert own.status()["epsilon"]["spent"] <= 4.0
-    own.close()
 
 
-def test_what_would_tell_how_many_records_there_are_by_being_refused_is_refused_always(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
+def test_what_would_tell_how_many_records_there_are_by_being_refused_is_refused_always(noised, tmp_path, opened):
+    own, (orders, said) = opened(noised, "site-0", tmp_path), begun(noised)
     found = run_spec.decode(said)
     for more in ({"noise_multiplier": 5.0}, {"statistics": {"weight": 0.1}}):
         privacy = {**found.experiment.privacy, **more}
         body = run_spec.encode(replace(found, experiment=found.experiment.model_copy(update={"privacy": privacy})))
         with pytest.raises(PolicyError, match=next(iter(more))):
             own.handle(train(orders[0], body))
-    own.close()
 
 
-def test_a_state_folder_that_others_may_look_into_is_closed_to_them(noised, tmp_path):
+def test_a_state_folder_that_others_may_look_into_is_closed_to_them(noised, tmp_path, opened):
     (tmp_path / "site-0").mkdir(mode=0o755)
     (tmp_path / "site-0").chmod(0o755)
-    own = site(noised, "site-0", tmp_path)
+    opened(noised, "site-0", tmp_path)
     assert (tmp_path / "site-0").stat().st_mode & 0o777 == 0o700
-    own.close()
 
 
-def test_directions_that_stretch_are_refused(tmp_path):
+def test_directions_that_stretch_are_refused(tmp_path, opened):
     one = context(tmp_path, "fedavg", *NOISED, 'compression.name="subspace"', "compression.dimension=8")
-    own, (orders, _) = site(one, "site-0", tmp_path), begun(one)
+    own, (orders, _) = opened(one, "site-0", tmp_path), begun(one)
     method = build_method(one, one.experiment.method)
     coordinates = one.compression.subspace
-    said = RunSpec(
-        one.experiment, recipe(one), "small.toml", list(one.shards), build_schedule(one, method), one.start, coordinates
-    )
+    schedule = build_schedule(one, method)
+    said = RunSpec(one.experiment, recipe(one), "small.toml", list(one.shards), schedule, one.start, coordinates)
     coordinates.rows = 3 * coordinates.rows
     with pytest.raises(CodecError, match="not orthonormal"):
         own.handle(train(orders[0], run_spec.encode(said)))
-    own.close()
 
 
-def test_a_method_that_needs_no_mechanism_is_none_to_a_policy_that_asks_for_one(tmp_path):
+def test_a_method_that_needs_no_mechanism_is_none_to_a_policy_that_asks_for_one(tmp_path, opened):
     """`local` releases nothing by its own word, and so gets no noise; what leaves would still carry a count of records."""
     one = context(tmp_path, "local", *NOISED)
-    own, (orders, said) = site(one, "site-0", tmp_path, methods=["local"], mechanisms=["record_gaussian"]), begun(one)
+    own, (orders, said) = opened(one, "site-0", tmp_path, methods=["local"], mechanisms=["record_gaussian"]), begun(one)
     with pytest.raises(PolicyError, match="local runs without any guarantee"):
         own.handle(train(orders[0], said))
     assert own.status()["runs"] == {}
-    own.close()
 
 
-def opened(folder: Path, mechanisms: str, dtype: str, chunk: str) -> Site:
+def from_file(folder: Path, mechanisms: str, dtype: str, chunk: str) -> Site:
     """A site from its file, as its owner starts it."""
     small.table(folder / "own.csv")
     (folder / "site.toml").write_text(
@@ -649,33 +603,29 @@ name = "tiny"
     return build_site(folder / "site.toml", lambda line: None)
 
 
-@pytest.mark.parametrize(
-    ("mechanisms", "dtype", "chunk", "exact", "taken"),
-    [
-        ("record_gaussian", "", "", True, "auto"),
-        ("record_gaussian", "", "chunk_tokens = 512", False, "float32"),
-        ("record_gaussian", 'dtype = "bfloat16"', "chunk_tokens = 512", False, "bfloat16"),
-        ("client_gaussian", "", "", False, "auto"),
-        ("client_gaussian:central", "", "", False, "auto"),
-    ],
-)
+@pytest.mark.parametrize(("mechanisms", "dtype", "chunk", "exact", "taken"), [
+    ("record_gaussian", "", "", True, "auto"),
+    ("record_gaussian", "", "chunk_tokens = 512", False, "float32"),
+    ("record_gaussian", 'dtype = "bfloat16"', "chunk_tokens = 512", False, "bfloat16"),
+    ("client_gaussian", "", "", False, "auto"),
+    ("client_gaussian:central", "", "", False, "auto"),
+])  # fmt: skip
 def test_a_sites_engine_is_exact_where_noise_is_for_one(tmp_path, mechanisms, dtype, chunk, exact, taken):
     """Unless the owner wants it otherwise, and then in float32, unless the owner wants that otherwise, too."""
-    own = opened(tmp_path, mechanisms, dtype, chunk)
+    own = from_file(tmp_path, mechanisms, dtype, chunk)
     assert own.model.exact == exact
     assert own.config.backbone.dtype == taken
     own.close()
 
 
-def test_a_run_with_noise_at_the_server_asks_a_site_as_often_as_the_server_draws_it(tmp_path):
+def test_a_run_with_noise_at_the_server_asks_a_site_as_often_as_the_server_draws_it(tmp_path, opened):
     """Its cohorts are drawn in private, and who is in the public ones says nothing."""
     one = context(tmp_path, "fedavg", *SUMMED, "federation.num_rounds=6", "federation.clients_per_round=1")
     orders, said = begun(one)
-    own = site(one, "site-0", tmp_path, mechanisms=["client_gaussian:central"])
+    own = opened(one, "site-0", tmp_path, mechanisms=["client_gaussian:central"])
     own.handle(train(orders[0], said))
     for order in orders[1:]:
         own.handle(train(order))
-    own.close()
 
 
 def test_what_was_scored_is_known_after_a_restart(noised, tmp_path, monkeypatch):
