@@ -13,8 +13,8 @@ import torch
 import decoders
 import small
 from ficpd import rng
+from ficpd.backbones import tiny
 from ficpd.backbones.query_engine import QueryEngine, run_queries
-from ficpd.backbones.tiny import Tiny
 from ficpd.errors import LibraryError
 from ficpd.evaluation.evaluate import mixture_probabilities, predictions_of
 from ficpd.library import adaptation as ways
@@ -73,9 +73,8 @@ def library(model) -> PromptLibrary:
         "tasks": {name: dict(task.to_config()) for name, task in tasks.items()},
         "training": {"learning_rate": 0.1},
     }
-    return PromptLibrary(
-        begin, prompts, card, prompt_keys(prompts, tasks, {name: [name] for name in tasks}, model.backbone)
-    )
+    keys = prompt_keys(prompts, tasks, {name: [name] for name in tasks}, model.backbone)
+    return PromptLibrary(begin, prompts, card, keys)
 
 
 def shots_of(library: PromptLibrary, model: QueryEngine, name: str = "heat", count: int = 8, **more: Any) -> FewShotSet:
@@ -134,31 +133,22 @@ def test_weights_move_along_the_gradient_and_are_pulled_back(library, model):
     shots = shots_of(library, model)
     names, begin = list(library.prompts), torch.zeros(4)
     free, tied = (run_queries(model, ways.fit_weights(shots, names, begin, pull)) for pull in (0.0, 50.0))
-    losses = [float(_loss_of(library, names, weights, shots, model)) for weights in (begin, tied, free)]
+    composed = [library.compose(dict(zip(names, of.tolist(), strict=True))) for of in (begin, tied, free)]
+    queries = [Query(prompt.vectors_PD[None], shots.batch) for prompt in composed]
+    losses = [float(model.answer([query])[0].loss_KB.mean()) for query in queries]
     assert losses[2] < losses[1] <= losses[0]
     assert tied.norm() < 0.2 * free.norm()
 
 
-def _loss_of(library, names, weights, shots, model):
-    prompt = library.compose(dict(zip(names, weights.tolist(), strict=True)))
-    return model.answer([Query(prompt.vectors_PD[None], shots.batch)])[0].loss_KB.mean()
-
-
-class Mute(Tiny):
+class Mute(tiny.Tiny):
     """The same backbone behind a door that lets no gradient out."""
 
     supports_gradients = False
 
 
-def mute() -> QueryEngine:
-    from ficpd.backbones import tiny
-
-    config = tiny.Config(width=32)
-    return QueryEngine(Mute(config, torch.float32, small.CPU, "tiny"))
-
-
 def test_without_gradients_nothing_is_composed_or_tuned(library):
-    model, given = mute(), records("heat", 8, 3)
+    muted = Mute(tiny.Config(width=32), torch.float32, small.CPU, "tiny")
+    model, given = QueryEngine(muted), records("heat", 8, 3)
     adapted = selection.adapt(library, given, task_of("heat"), model, TRAINING)
     assert {"leave", "nearest", "head"} <= adapted.table.keys()
     assert not any(way.startswith(("compose", "tune")) for way in adapted.table)
@@ -206,10 +196,10 @@ def test_a_head_begins_at_the_readout_that_the_library_learned(library, model):
     known = Readout(task_of("heat").readout(model.backbone), torch.zeros(2), torch.full((2,), 0.5))
     taught = replace(library, card={**library.card, "tasks": {"heat": dict(task.to_config())}}, learned={"heat": known})
     test, few = records("heat", 48, 9), records("heat", 4, 3)
-    with_it, without = (
-        loss(fit("head", prepare_shots(given, few, task, model, TRAINING), model)["head"], task, test, model)
-        for given in (taught, library)
+    heads = (
+        fit("head", prepare_shots(given, few, task, model, TRAINING), model)["head"] for given in (taught, library)
     )
+    with_it, without = (loss(head, task, test, model) for head in heads)
     assert with_it < without - 0.05
 
 
@@ -241,9 +231,8 @@ def test_a_mixture_tells_what_bad_label_texts_do_not(library, model):
     shots = prepare_shots(library, records("heat", 24, 3), task, model, TRAINING)
     left, fitted = fit("leave", shots, model)["leave"], fit("mixture", shots, model)["mixture"]
     test = records("heat", 48, 9)
-    answers = run_queries(
-        model, predictions_of(task, fitted.predictors(), task.encode(test, model.backbone, library.start))
-    )
+    batch = task.encode(test, model.backbone, library.start)
+    answers = run_queries(model, predictions_of(task, fitted.predictors(), batch))
     right = sum(found == truth for found, truth in zip(answers, task.targets(test), strict=True))
     batch = left.encode(task, test, model.backbone)
     usual = run_queries(model, predictions_of(task, left.predictors(), batch))
@@ -255,12 +244,8 @@ def test_a_mixture_tells_what_bad_label_texts_do_not(library, model):
 def test_an_own_prompt_of_labels_by_chance_has_little_weight(library, model, monkeypatch):
     """It memorises its own half. Scored there, it would have all the weight."""
     random = rng.make_generator(5)
-    chance = [
-        replace(
-            record, fields={**record.fields, "target": ["warm", "cold"][int(torch.randint(2, (1,), generator=random))]}
-        )
-        for record in records("heat", 40, 3)
-    ]
+    drawn = [(r, ["warm", "cold"][int(torch.randint(2, (1,), generator=random))]) for r in records("heat", 40, 3)]
+    chance = [replace(record, fields={**record.fields, "target": target}) for record, target in drawn]
     shots = prepare_shots(library, chance, task_of("heat"), model, TRAINING)
 
     def own_share() -> float:
@@ -293,9 +278,8 @@ def test_a_mixture_in_a_library_answers_as_the_clients_of_a_run_do(library, mode
     """The same weights, of rows and biases instead of functions."""
     task, test = task_of("heat"), records("heat", 48, 9)
     shots = prepare_shots(library, records("heat", 24, 3), task, model, TRAINING)
-    candidates = [
-        Candidate((library.prompts[name].vectors_PD,), readout_of(shots.batch)) for name in ("global", "heat")
-    ]
+    readout = readout_of(shots.batch)
+    candidates = [Candidate((library.prompts[name].vectors_PD,), readout) for name in ("global", "heat")]
     members, weights = run_queries(model, weigh_members(candidates, shots.batch))
     stacked, batch = stack_members(candidates, members, weights), task.encode(test, model.backbone, library.start)
     of_run = [
@@ -349,9 +333,8 @@ def decoder(tmp_path_factory) -> QueryEngine:
 
 def ask(decoder: QueryEngine, texts: tuple[str, ...], text: str = "the film was very good", **labels: str) -> str:
     """What a decoder reads of a text with examples before it."""
-    task = classification.build(
-        classification.Config(labels=labels or {"g": "good", "b": "bad"}, instruction="sentiment is")
-    )
+    given = {"labels": labels or {"g": "good", "b": "bad"}, "instruction": "sentiment is"}
+    task = classification.build(classification.Config(**given))
     prompt = Prompt(torch.zeros(2, 32), decoder.backbone.fingerprint)
     batch = Demonstrations(texts).encode(task, [Record("a", {"text": text})], decoder.backbone, prompt)
     assert max(item.length for item in batch.items[0]) + 2 <= 30
@@ -374,9 +357,8 @@ def test_only_examples_that_fit_whole_are_read(decoder):
     assert "fine" not in read
     text = " ".join(["very"] * 40)
     assert ask(decoder, ("fine",), text) == ask(decoder, (), text)  # a text that fills the context is not cut for them
-    assert ask(decoder, ("fine",), "film", g="good and long", b="bad") != ask(
-        decoder, (), "film", g="good and long", b="bad"
-    )
+    shown = (ask(decoder, examples, "film", g="good and long", b="bad") for examples in (("fine",), ()))
+    assert next(shown) != next(shown)
 
 
 def test_a_decoder_is_adapted_with_examples_in_its_context(decoder):
@@ -412,17 +394,14 @@ def rows(**losses: tuple[float, float]) -> dict[str, dict[str, float]]:
     return {name: {"loss": loss, "error": error} for name, (loss, error) in losses.items()}
 
 
-@pytest.mark.parametrize(
-    ("table", "way"),
-    [
-        (rows(leave=(1.0, 0.1), nearest=(0.9, 0.0)), "leave"),
-        (rows(leave=(1.0, 0.11), nearest=(0.8, 0.0)), "leave"),
-        (rows(leave=(1.0, 0.09), nearest=(0.8, 0.0)), "nearest"),
-        (rows(leave=(1.0, 0.1), nearest=(0.7, 0.3), tune=(0.5, 0.0)), "nearest"),
-        (rows(leave=(1.0, 0.1), nearest=(1.2, 0.9), tune=(0.5, 0.0)), "tune"),  # too uncertain to count, and worse
-        (rows(leave=(1.0, 0.0), nearest=(1.0, 0.0)), "leave"),
-    ],
-)
+@pytest.mark.parametrize(("table", "way"), [
+    (rows(leave=(1.0, 0.1), nearest=(0.9, 0.0)), "leave"),
+    (rows(leave=(1.0, 0.11), nearest=(0.8, 0.0)), "leave"),
+    (rows(leave=(1.0, 0.09), nearest=(0.8, 0.0)), "nearest"),
+    (rows(leave=(1.0, 0.1), nearest=(0.7, 0.3), tune=(0.5, 0.0)), "nearest"),
+    (rows(leave=(1.0, 0.1), nearest=(1.2, 0.9), tune=(0.5, 0.0)), "tune"),  # too uncertain to count, and worse
+    (rows(leave=(1.0, 0.0), nearest=(1.0, 0.0)), "leave"),
+])  # fmt: skip
 def test_the_simplest_within_an_error_of_the_best_is_chosen(table, way):
     assert one_standard_error_rule(table) == way
 
@@ -440,9 +419,8 @@ def test_how_sure_a_way_is_counts_for_nothing():
     logits_BC = torch.nn.functional.one_hot(targets_B, 3) + torch.randn(30, 3, generator=random)
 
     def mean(logits_BC: torch.Tensor) -> float:
-        return float(
-            selection._comparable(selection.HeldOutResult(torch.full((30,), 9.0), [], logits_BC), targets_B).mean()
-        )
+        held_out = selection.HeldOutResult(torch.full((30,), 9.0), [], logits_BC)
+        return float(selection._comparable(held_out, targets_B).mean())
 
     assert mean(2 * logits_BC) == pytest.approx(mean(logits_BC))
     timid = 0.2 * (logits_BC + torch.nn.functional.one_hot(targets_B, 3))
@@ -565,9 +543,8 @@ def test_a_library_of_five_hundred_is_adapted(library, model):
     random = torch.Generator().manual_seed(0)
     begin = library.start
     many = {f"p{i}": begin.with_vectors(begin.vectors_PD + torch.randn(4, 32, generator=random)) for i in range(498)}
-    given = replace(
-        library, prompts={**many, "global": library.prompts["global"], "heat": library.prompts["heat"]}, keys={}
-    )
+    kept = {name: library.prompts[name] for name in ("global", "heat")}
+    given = replace(library, prompts={**many, **kept}, keys={})
     found = selection.adapt(given, records("heat", 4, 3), task_of("heat"), model, TRAINING, "nearest")
     shots = selection.prepare_shots(given, records("heat", 4, 3), task_of("heat"), model, TRAINING)
     assert found.fitted.note == list(given.candidates())[int(shots.loss_JB.mean(1).argmin())]
@@ -589,9 +566,8 @@ def test_texts_are_adapted_to_by_their_loss_alone(decoder):
     """Nothing is written to find out which way is best."""
     task = generation.build(generation.Config(instruction="sentiment is", max_new_tokens=4))
     begin = Prompt(decoder.backbone.init_prompt("the film", 2, 1, 0), decoder.backbone.fingerprint, 1)
-    given = [
-        Record(str(i), {"text": text, "target": "very good"}) for i, text in enumerate(["fine", "dull", "bad", "long"])
-    ]
+    texts = enumerate(["fine", "dull", "bad", "long"])
+    given = [Record(str(i), {"text": text, "target": "very good"}) for i, text in texts]
     found = selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING)
     assert found.table["leave"].keys() == {"loss", "error"}
     assert not any("demonstrations" in way for way in found.table)

@@ -159,15 +159,12 @@ def test_the_page_states_privacy_and_how_to_use_it(library, online):
     assert 'base_model: "owner/model"' in (online.place / NAME / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("card", "why"),
-    [
-        ({"privacy": {"unit": "none", "epsilon": None}}, "no privacy guarantee"),
-        ({"privacy": {**PROTECTED, "noise": "simulated"}}, "comes from a seed"),
-        ({"privacy": {**PROTECTED, "rehearsed": ["north"]}}, "comes from a seed"),
-        ({"adapted": {"task": "classification"}}, "fitted to records without a guarantee"),
-    ],
-)
+@pytest.mark.parametrize(("card", "why"), [
+    ({"privacy": {"unit": "none", "epsilon": None}}, "no privacy guarantee"),
+    ({"privacy": {**PROTECTED, "noise": "simulated"}}, "comes from a seed"),
+    ({"privacy": {**PROTECTED, "rehearsed": ["north"]}}, "comes from a seed"),
+    ({"adapted": {"task": "classification"}}, "fitted to records without a guarantee"),
+])  # fmt: skip
 def test_what_no_guarantee_covers_is_sent_on_demand_only(library, online, card, why):
     unsafe = replace(library, card={**library.card, **card})
     with pytest.raises(LibraryError, match=f"{why}.*unprotected=True"):
@@ -214,15 +211,12 @@ def test_a_public_repository_gets_nothing_that_was_to_be_private(library, online
     assert (online.place / NAME / "card.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (errors.LocalEntryNotFoundError("x"), "not in the cache, and the hub cannot be reached"),
-        (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
-        (errors.HFValidationError("the id is odd"), "the id is odd"),
-        (ConnectionError("no\nroute"), "no route; check the id, your login"),
-    ],
-)
+@pytest.mark.parametrize(("error", "told"), [
+    (errors.LocalEntryNotFoundError("x"), "not in the cache, and the hub cannot be reached"),
+    (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
+    (errors.HFValidationError("the id is odd"), "the id is odd"),
+    (ConnectionError("no\nroute"), "no route; check the id, your login"),
+])  # fmt: skip
 def test_an_error_of_the_hub_is_one_sentence(monkeypatch, library, error, told):
     def fails(*given, **more):
         raise error
@@ -250,8 +244,7 @@ def test_an_id_that_is_none_and_a_missing_package_are_said(library, monkeypatch)
 def test_publish_sends_what_it_copied(ficpd, tmp_path, online):
     small.run(tmp_path, "fedavg", "privacy.name=record_gaussian", "privacy.epsilon=8.0", "privacy.delta=1e-3",
               "privacy.clip_norm=0.5", "privacy.noise=cryptographic", rounds=1)  # fmt: skip
-    status, out, err = ficpd("publish", tmp_path / "run", tmp_path / "out", "--hub", NAME)
-    assert status == 0, err
+    out = ficpd("publish", tmp_path / "run", tmp_path / "out", "--hub", NAME).said()
     assert f"hub:    https://huggingface.co/{NAME}\n" in out
     copied = tmp_path / "out" / "library"
     assert content(online.place / NAME / "prompts.safetensors") == content(copied / "prompts.safetensors")

@@ -73,9 +73,8 @@ def test_a_library_comes_back_as_it_was_saved(tmp_path, model, head):
 
 def test_prompts_that_are_the_start_itself_can_be_saved(tmp_path, model):
     begin = small.start(model, small.classes())
-    PromptLibrary(begin, {"global": begin, "view": begin.with_vectors(begin.vectors_PD[None][0])}, CARD).save(
-        tmp_path / "lib"
-    )
+    prompts = {"global": begin, "view": begin.with_vectors(begin.vectors_PD[None][0])}
+    PromptLibrary(begin, prompts, CARD).save(tmp_path / "lib")
     back = PromptLibrary.load(tmp_path / "lib")
     assert all(same(prompt, begin) for prompt in back.candidates().values())
     assert list(back.prompts) == ["global", "view"]
@@ -230,15 +229,13 @@ def test_the_embedding_of_a_task_is_the_mean_of_the_answers_and_of_length_one(mo
     rows = model.backbone.readout("it was", ["good fine.", "bad dull."])
     assert small.close(task_embedding(task, model.backbone), torch.nn.functional.normalize(rows.mean(0), dim=0))
     assert float(task_embedding(small.numbers(), model.backbone).norm()) == pytest.approx(1, abs=1e-5)
-    assert small.close(
-        task_embedding(small.classes(tuned_head=True), model.backbone), task_embedding(task, model.backbone)
-    )
+    tuned = task_embedding(small.classes(tuned_head=True), model.backbone)
+    assert small.close(tuned, task_embedding(task, model.backbone))
 
 
 def test_a_task_without_answers_has_the_embedding_of_its_instruction(model):
-    keys = [
-        task_embedding(generation.build(generation.Config(instruction=text)), model.backbone) for text in ("", "sum up")
-    ]
+    tasks = [generation.build(generation.Config(instruction=text)) for text in ("", "sum up")]
+    keys = [task_embedding(task, model.backbone) for task in tasks]
     assert small.close(keys[1], torch.nn.functional.normalize(model.backbone.readout("sum", ["up"])[0], dim=0))
     assert small.close(keys[0], torch.nn.functional.normalize(model.backbone.readout("", ["generation"])[0], dim=0))
 
@@ -268,17 +265,13 @@ def test_a_composition_of_what_is_not_there_is_refused(model):
         library(model).compose({"south": 1.0})
 
 
-def loss_of(prompt: Prompt, records, task, model: QueryEngine) -> float:
-    batch = task.encode(records, model.backbone, prompt)
-    return float(model.answer([Query(prompt.vectors_PD[None], batch)])[0].loss_KB.mean())
-
-
 def test_losses_are_those_of_every_prompt(model):
     given, records, task = library(model), small.records(9), small.classes()
     shots = prepare_shots(given, records, task, model, LocalTrainingConfig())
-    assert shots.loss_JB.mean(1).tolist() == pytest.approx(
-        [loss_of(prompt, records, task, model) for prompt in given.candidates().values()], abs=1e-5
-    )
+    prompts = given.candidates().values()
+    queries = [Query(prompt.vectors_PD[None], task.encode(records, model.backbone, prompt)) for prompt in prompts]
+    losses = [float(model.answer([query])[0].loss_KB.mean()) for query in queries]
+    assert shots.loss_JB.mean(1).tolist() == pytest.approx(losses, abs=1e-5)
 
 
 def test_the_page_says_what_it_is_and_what_it_cost(model):

@@ -50,11 +50,6 @@ def folder(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory) -> QueryEngine:
-    return QueryEngine(decoders.load(decoders.write(tmp_path_factory.mktemp("llama"))))
-
-
 def test_the_imitation_answers_like_the_original(model):
     task = small.classes()
     prompt = strong(model, task)
@@ -173,9 +168,8 @@ def test_a_prompt_that_writes_is_imitated_in_what_it_writes(decoder):
 def test_a_missing_answer_counts_for_nothing():
     """A row with fewer candidates is padded with -inf: neither a difference nor a gradient comes of it."""
     scores_RN = torch.tensor([[1.0, 3.0, -torch.inf], [0.0, 0.0, 6.0]], requires_grad=True)
-    batch = small.classes().encode(
-        small.records(2), small.backbone(), strong(QueryEngine(small.backbone()), small.classes())
-    )
+    task = small.classes()
+    batch = task.encode(small.records(2), small.backbone(), strong(QueryEngine(small.backbone()), task))
     found = peft_distillation.center_logits(ModelOutput(torch.zeros(2, 1), scores_RN), replace(batch, readout_CD=None))
     assert found.tolist() == [[-1.0, 1.0, 0.0], [-2.0, -2.0, 4.0]]
     found.square().sum().backward()
@@ -234,9 +228,8 @@ def test_a_wrong_prompt_or_task_is_named(folder, tmp_path):
     replace(two, card={**two.card, "tasks": {"a": task, "b": task}}, learned={}).save(tmp_path / "two")
     with pytest.raises(LibraryError, match=r"several tasks; name one of them with --task: a, b"):
         distill_library_prompt(load_library(tmp_path / "two"), "global")
-    assert distill_library_prompt(
-        load_library(tmp_path / "two"), "global", texts(8), task="b", steps=1
-    ).prompts.keys() == {"global"}
+    found = distill_library_prompt(load_library(tmp_path / "two"), "global", texts(8), task="b", steps=1)
+    assert found.prompts.keys() == {"global"}
 
 
 @pytest.mark.slow

@@ -50,17 +50,14 @@ def write_bert(folder: Path) -> Path:
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", *decoders.WORDS]
     words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    marks = [("[CLS]", 2), ("[SEP]", 3)]
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     return folder
 
 
-def library(
-    folder: Path | str, vectors_PD: torch.Tensor | None = None, enters_at: int = 0, **more: Any
-) -> PromptLibrary:
+def library(folder: Path | str, vectors_PD: torch.Tensor | None = None, enters_at: int = 0, **more: Any):
     """A library of a model's folder, its prompt `global` from these vectors or drawn at random."""
     config = BackboneConfig(name=str(folder), dtype="float32", attention="eager")
     backbone, config = load_backbone(config, EngineConfig())
@@ -79,11 +76,6 @@ def backbone_of(folder: Path | str) -> Any:
 
 def in_peft(kind: Any, base: Path | str, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(kind.from_pretrained(base, dtype="float32"), str(folder)).eval()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return decoders.write(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -248,10 +240,8 @@ def test_lora_weights_become_a_lora_folder(kind, request, tmp_path):
     rows_PD = backbone.adapters.start(8, 0)
     rows_PD = torch.randn(rows_PD.shape, generator=torch.Generator().manual_seed(1)) / 4
     export(library(base, rows_PD, LORA), "global", tmp_path / "out", str(base))
-    config, arrays = (
-        peft.PeftConfig.from_pretrained(tmp_path / "out"),
-        load_file(tmp_path / "out" / "adapter_model.safetensors"),
-    )
+    config = peft.PeftConfig.from_pretrained(tmp_path / "out")
+    arrays = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert (config.peft_type, config.r, config.lora_alpha, config.inference_mode) == ("LORA", 8, 16, True)
     assert sum(array.numel() for array in arrays.values()) == backbone.adapters.parameters(8)
     model = in_peft(
@@ -274,11 +264,8 @@ def test_lora_weights_become_a_lora_folder(kind, request, tmp_path):
 def test_what_lies_in_the_folder(llama, tmp_path):
     made = library(llama)
     export(made, "global", tmp_path / "out", str(llama))
-    assert {f.name for f in (tmp_path / "out").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
+    files = {f.name for f in (tmp_path / "out").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     arrays = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert small.same(arrays, {"prompt_embeddings": made.prompts["global"].vectors_PD})
     config = peft.PeftConfig.from_pretrained(tmp_path / "out")
@@ -395,15 +382,12 @@ def test_half_precision_is_read_exactly(tmp_path):
     assert torch.equal(found_PD, vectors_PD.bfloat16().float())
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"peft_type": "LORA"}, "holds 'LORA'; expected 'PROMPT_TUNING'"),
-        ({"num_virtual_tokens": 5}, r"the array is \[4, 32\], adapter_config.json says \[5, 32\]"),
-        ({"token_dim": 16}, r"says \[4, 16\]"),
-        ({"num_transformer_submodules": 2}, "2 submodules"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"peft_type": "LORA"}, "holds 'LORA'; expected 'PROMPT_TUNING'"),
+    ({"num_virtual_tokens": 5}, r"the array is \[4, 32\], adapter_config.json says \[5, 32\]"),
+    ({"token_dim": 16}, r"says \[4, 16\]"),
+    ({"num_transformer_submodules": 2}, "2 submodules"),
+])  # fmt: skip
 def test_a_folder_that_does_not_fit_itself_is_refused(tmp_path, changes, words):
     with pytest.raises(LibraryError, match=words):
         read_folder(written(tmp_path / "in", **changes))
@@ -487,15 +471,13 @@ def test_export_and_import_from_the_command_line(ficpd, llama, tmp_path):
     assert mine.card["tasks"]["classification"] == TASK
     assert "exists already" in ficpd(*bring)[2]
     assert ficpd(*bring[:3], tmp_path / "no", *bring[4:6], "--label", "good")[0] == 2
-    status, out, _ = ficpd("import", tmp_path / "out", "--out", tmp_path / "writes", "--backbone", llama)
-    assert status == 0
+    ficpd("import", tmp_path / "out", "--out", tmp_path / "writes", "--backbone", llama).said()
     assert PromptLibrary.load(tmp_path / "writes").card["tasks"]["generation"]["instruction"] == ""
 
 
 def few(file: Path) -> Path:
-    lines = [
-        f"{a} {b},{label}" for label, a in (("good", "very good"), ("bad", "not bad")) for b in ("film", "was", "long")
-    ]
+    said = (("good", "very good"), ("bad", "not bad"))
+    lines = [f"{a} {b},{label}" for label, a in said for b in ("film", "was", "long")]
     file.write_text("text,target\n" + "\n".join(lines) + "\n")
     return file
 
@@ -528,8 +510,7 @@ def test_an_adapted_prompt_that_answers_beside_demonstrations_is_no_prompt_alone
     assert ficpd(*adapt, "--how", "demonstrations")[0] == 0
     assert PromptLibrary.load(tmp_path / "mine").card["adapted"]["demonstrations"]
     for more in ((), ("--reenter",)):
-        status, _, err = ficpd("export", tmp_path / "mine", "--prompt", "adapted", "--out", tmp_path / "out", *more)
-        assert status == 1
+        err = ficpd("export", tmp_path / "mine", "--prompt", "adapted", "--out", tmp_path / "out", *more).said(1)
         assert "demonstrations, which are not part" in err
         assert "--how tune" in err
     assert not (tmp_path / "out").exists()
@@ -539,9 +520,7 @@ def test_reenter_from_the_command_line_states_the_agreement(ficpd, bert, tmp_pat
     library(bert, enters_at=2).save(tmp_path / "library")
     (tmp_path / "texts.csv").write_text("review\n" + "\n".join(["the film was bad", "a fine story", "very dull"] * 4))
     call = ("export", tmp_path / "library", "--prompt", "global", "--out", tmp_path / "out")
-    status, out, err = ficpd(*call)
-    assert status == 1
-    assert "it enters at layer 2" in err
+    assert "it enters at layer 2" in ficpd(*call).said(1)
     data = ("--data", tmp_path / "texts.csv", "-c", "text=review")
     assert ficpd(*call, *data)[0] == 2
     status, out, err = ficpd(*call, "--reenter", *data, "--steps", 30, "--tokens", 6)

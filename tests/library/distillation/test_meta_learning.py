@@ -123,9 +123,8 @@ def test_the_teachers_mean_is_of_logits_or_of_probabilities(model, two, kind):
 @pytest.mark.parametrize("kind", ["squared", "kl"])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(model, two, kind):
     _, ((batch, teacher), _) = two
-    learned = distill(
-        model, teacher, [TaskExamples(batch, teacher[None])], steps=2, learning_rate=1e-9, seed=0, loss=kind
-    )
+    how = {"steps": 2, "learning_rate": 1e-9, "seed": 0, "loss": kind}
+    learned = distill(model, teacher, [TaskExamples(batch, teacher[None])], **how)
     assert learned.before == pytest.approx(0, abs=1e-5)
 
 
@@ -162,9 +161,8 @@ def test_a_tuned_head_is_distilled_as_well(model):
 
 def test_tasks_weigh_the_same_however_many_examples_they_have(model, two):
     begin, taught = two
-    many, few = (
-        TaskExamples(batch.select(range(n)), teacher[None]) for n, (batch, teacher) in zip((32, 4), taught, strict=True)
-    )
+    pairs = zip((32, 4), taught, strict=True)
+    many, few = (TaskExamples(batch.select(range(n)), teacher[None]) for n, (batch, teacher) in pairs)
     grads = []
     for lesson in (many, few):
         batch = kd._taught(model, lesson, "squared")
@@ -178,9 +176,8 @@ def test_the_seed_fixes_what_is_distilled(model, two):
     begin, taught = two
     lessons = [TaskExamples(batch, teacher[None]) for batch, teacher in taught]
     kept = begin.clone()
-    first, again, other = (
-        distill(model, begin, lessons, steps=4, learning_rate=RATE, seed=seed, batch_size=4) for seed in (0, 0, 1)
-    )
+    how = {"steps": 4, "learning_rate": RATE, "batch_size": 4}
+    first, again, other = (distill(model, begin, lessons, seed=seed, **how) for seed in (0, 0, 1))
     assert torch.equal(first.vectors_PD, again.vectors_PD)
     assert first[1:] == again[1:]
     assert not torch.equal(first.vectors_PD, other.vectors_PD)

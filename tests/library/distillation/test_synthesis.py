@@ -31,9 +31,8 @@ BRIEF = generation.PromptTemplate("", "{request}")
 
 
 def written(writer, prompts=None, per_label: int = 6, seed: int = 0, **more) -> FilterResult:
-    return generation.generate_texts(
-        writer, prompts or {}, small.classes(), per_label, seed, form=BRIEF, max_tokens=12, **more
-    )
+    how = {"form": BRIEF, "max_tokens": 12, **more}
+    return generation.generate_texts(writer, prompts or {}, small.classes(), per_label, seed, **how)
 
 
 def test_a_bare_writer_writes_for_every_label(writer):
@@ -51,10 +50,8 @@ def test_the_seed_fixes_what_is_written(writer):
 
 
 def test_prototypes_of_the_writers_own_take_turns(writer):
-    prompts = {
-        name: Prompt(torch.randn(2, writer.width, generator=torch.Generator().manual_seed(i)), writer.fingerprint)
-        for i, name in enumerate("ab")
-    }
+    rows = [torch.randn(2, writer.width, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    prompts = {name: Prompt(own, writer.fingerprint) for name, own in zip("ab", rows, strict=True)}
     made = written(writer, prompts, per_label=10, temperature=1.0)
     assert {(e.prototype, e.label) for e in made.examples} == {(p, label) for p in "ab" for label in ("good", "bad")}
     bare = written(writer, per_label=10, temperature=1.0)
@@ -83,22 +80,19 @@ def test_a_task_without_labels_cannot_be_written_for(writer):
         generation.generate_texts(writer, {}, small.numbers(), 3, 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "line", "reason"),
-    [
-        ("  The match was long.\nIt rained.", "The match was long.", None),
-        ("Sure, here is a sentence:\n\n- “The match was long.”", "The match was long.", None),
-        ("2. The match was long.", "The match was long.", None),
-        ("\n  \n", "", "blank"),
-        ("Here you are:", "", "blank"),
-        ("Very good.", "Very good.", "too short"),
-        ("<a href='x1'>#1</a> {3: 4}", "<a href='x1'>#1</a> {3: 4}", "no text"),
-        ("Write one sentence. It was bad dull!", "Write one sentence. It was bad dull!", "repeats the request"),
-        ("I'm sorry, but I cannot do that.", "I'm sorry, but I cannot do that.", "speaks of itself"),
-        ("I'm sorry that I bought it.", "I'm sorry that I bought it.", None),
-        ("Das Spiel war zu lang.", "Das Spiel war zu lang.", None),
-    ],
-)
+@pytest.mark.parametrize(("text", "line", "reason"), [
+    ("  The match was long.\nIt rained.", "The match was long.", None),
+    ("Sure, here is a sentence:\n\n- “The match was long.”", "The match was long.", None),
+    ("2. The match was long.", "The match was long.", None),
+    ("\n  \n", "", "blank"),
+    ("Here you are:", "", "blank"),
+    ("Very good.", "Very good.", "too short"),
+    ("<a href='x1'>#1</a> {3: 4}", "<a href='x1'>#1</a> {3: 4}", "no text"),
+    ("Write one sentence. It was bad dull!", "Write one sentence. It was bad dull!", "repeats the request"),
+    ("I'm sorry, but I cannot do that.", "I'm sorry, but I cannot do that.", "speaks of itself"),
+    ("I'm sorry that I bought it.", "I'm sorry that I bought it.", None),
+    ("Das Spiel war zu lang.", "Das Spiel war zu lang.", None),
+])  # fmt: skip
 def test_drafts_are_cleaned(text, line, reason):
     assert generation.clean_text(text, "Write one sentence. It was bad dull.") == (line, reason)
 
@@ -132,10 +126,8 @@ def voters(model, number: int = 4, spread: float = 0.5) -> dict[str, Prompt]:
     begin = small.start(model, small.classes())
     random = torch.Generator().manual_seed(0)
     shape = begin.vectors_PD.shape
-    return {
-        f"p{i}": begin.with_vectors(begin.vectors_PD + spread * torch.randn(shape, generator=random))
-        for i in range(number)
-    }
+    offsets = [spread * torch.randn(shape, generator=random) for _ in range(number)]
+    return {f"p{i}": begin.with_vectors(begin.vectors_PD + offset) for i, offset in enumerate(offsets)}
 
 
 def ballots(model, prompts, examples) -> list[list[str]]:
@@ -184,9 +176,8 @@ def test_a_text_written_for_another_label_is_dropped(model):
 def test_the_order_of_prompts_does_not_matter(model):
     prompts = voters(model, spread=2.0)
     backwards = dict(reversed(prompts.items()))
-    assert generation.vote_labels(model, backwards, small.classes(), texts()) == generation.vote_labels(
-        model, prompts, small.classes(), texts()
-    )
+    votes = [generation.vote_labels(model, given, small.classes(), texts()) for given in (backwards, prompts)]
+    assert votes[0] == votes[1]
 
 
 def test_nothing_to_vote_on_and_nobody_to_vote(model):
@@ -231,19 +222,16 @@ def test_steps_follow_one_another_and_nothing_surviving_is_no_error():
 NOTE = "Patient complains of chest pain since Tuesday and was sent home with aspirin"
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("She COMPLAINS of chest-pain, since Tuesday; and was sent away", True),
-        ("complains of chest pain since Tuesday and we", False),
-        ("A patient who has pain in the chest was sent home with aspirin on Tuesday", False),
-        ("I said the film was grey and dull today", True),
-        ("the film was grey and quite dull", False),
-        ("Lovely", True),
-        ("It was a lovely story about the sea", False),
-        ("good", False),
-    ],
-)
+@pytest.mark.parametrize(("text", "found"), [
+    ("She COMPLAINS of chest-pain, since Tuesday; and was sent away", True),
+    ("complains of chest pain since Tuesday and we", False),
+    ("A patient who has pain in the chest was sent home with aspirin on Tuesday", False),
+    ("I said the film was grey and dull today", True),
+    ("the film was grey and quite dull", False),
+    ("Lovely", True),
+    ("It was a lovely story about the sea", False),
+    ("good", False),
+])  # fmt: skip
 def test_a_planted_copy_is_found_and_nothing_else(text, found):
     private = [
         Record("a", {"text": NOTE, "target": "good"}),
@@ -305,12 +293,10 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path):
 @pytest.mark.slow
 def test_smollm2_writes_for_two_labels():
     found = weights.resolve(catalog.NAMED["smollm2"].weights)
-    writer = causal_lm.build(
-        causal_lm.Config(), found, dtype=torch.float32, attention="sdpa", device=small.CPU, name="smollm2"
-    )
-    task = small.classification.build(
-        small.classification.Config(labels={"sports": "sports", "health": "health"}, instruction="This text is about")
-    )
+    how = {"dtype": torch.float32, "attention": "sdpa", "device": small.CPU, "name": "smollm2"}
+    writer = causal_lm.build(causal_lm.Config(), found, **how)
+    labels = {"sports": "sports", "health": "health"}
+    task = small.classes(labels=labels, instruction="This text is about")
     made = generation.generate_texts(writer, {}, task, 4, 0)
     assert {e.label for e in made.examples} == {"sports", "health"}
     assert all(sum(c.isalpha() or c.isspace() for c in e.text) > 0.6 * len(e.text) for e in made.examples)
