@@ -22,71 +22,83 @@ def refused(*changes: str, text: str = TEXT) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("trainin.local_steps=3", "unknown part 'trainin'; did you mean 'training'?"),
-        ("training.local_step=3", "training: unknown key 'local_step'; did you mean 'local_steps'?"),
-        ("federation.num_round=3", "federation: unknown key 'num_round'; did you mean 'num_rounds'?"),
-        ("backbone.nam=tiny", "backbone: unknown key 'nam'; did you mean 'name'?"),
-        ("task.label={}", "task: unknown key 'label'; did you mean 'labels'?"),
-        ("data.sorce=a.csv", "data: unknown key 'sorce'; did you mean 'source'?"),
-        ("partition.colum=site", "partition: unknown key 'colum'; did you mean 'column'?"),
-        ("engine.devise=cpu", "engine: unknown key 'devise'; did you mean 'device'?"),
-        ("prompt.num_token=4", "prompt: unknown key 'num_token'; did you mean 'num_tokens'?"),
-        ("method.proximal_weight=4", "method: unknown key 'proximal_weight'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    ("trainin.local_steps=3", "unknown part 'trainin'; did you mean 'training'?"),
+    ("training.local_step=3", "training: unknown key 'local_step'; did you mean 'local_steps'?"),
+    ("federation.num_round=3", "federation: unknown key 'num_round'; did you mean 'num_rounds'?"),
+    ("backbone.nam=tiny", "backbone: unknown key 'nam'; did you mean 'name'?"),
+    ("task.label={}", "task: unknown key 'label'; did you mean 'labels'?"),
+    ("data.sorce=a.csv", "data: unknown key 'sorce'; did you mean 'source'?"),
+    ("partition.colum=site", "partition: unknown key 'colum'; did you mean 'column'?"),
+    ("engine.devise=cpu", "engine: unknown key 'devise'; did you mean 'device'?"),
+    ("prompt.num_token=4", "prompt: unknown key 'num_token'; did you mean 'num_tokens'?"),
+    ("method.proximal_weight=4", "method: unknown key 'proximal_weight'"),
+])  # fmt: skip
 def test_a_misspelt_key_names_the_nearest(change, words):
     assert f"my.toml: {words}" in refused(change)
 
 
-@pytest.mark.parametrize(
-    ("text", "change", "words"),
-    [
-        (
-            'privacy = { name = "record_gaussian", epsilon = 2.0 }',
-            None,
-            "federation: 'privacy' is no key of [federation]",
-        ),
-        ('privacy = { name = "record_gaussian", epsilon = 2.0 }', None, "Write it as [privacy] on lines of its own"),
-        ("baselines = []", None, "Write it above the first [section]"),
-        ("num_tokens = 3", None, "'num_tokens' is no key of [federation]. It belongs to [prompt]"),
-        ("", "epsilon=2", "'epsilon' is no part. It belongs to [privacy]"),
-        ("", "method.learning_rate=2", "'learning_rate' is no key of [method]. It belongs to [training]"),
-        ("", "labels={a='b'}", "'labels' is no part. It belongs to [task]"),
-        ("", "instruction=It is", "'instruction' is no part. It belongs to [task]"),
-        ("", "data.target=stars", "'target' is no key of [data]. It belongs to [data.columns]"),
-        ("", "privacy.subject=patient", "'subject' is no key of [privacy]. It belongs to [data.columns]"),
-        ("", "task.robust=1", "'robust' is no key of [task]. It belongs to [method]"),
-    ],
-)
+@pytest.mark.parametrize(("text", "change", "words"), [
+    ('privacy = { name = "record_gaussian", epsilon = 2.0 }', None, "federation: 'privacy' is no key of [federation]"),
+    ('privacy = { name = "record_gaussian", epsilon = 2.0 }', None, "Write it as [privacy] on lines of its own"),
+    ("baselines = []", None, "Write it above the first [section]"),
+    ("num_tokens = 3", None, "'num_tokens' is no key of [federation]. It belongs to [prompt]"),
+    ("", "epsilon=2", "'epsilon' is no part. It belongs to [privacy]"),
+    ("", "method.learning_rate=2", "'learning_rate' is no key of [method]. It belongs to [training]"),
+    ("", "labels={a='b'}", "'labels' is no part. It belongs to [task]"),
+    ("", "instruction=It is", "'instruction' is no part. It belongs to [task]"),
+    ("", "data.target=stars", "'target' is no key of [data]. It belongs to [data.columns]"),
+    ("", "privacy.subject=patient", "'subject' is no key of [privacy]. It belongs to [data.columns]"),
+    ("", "task.robust=1", "'robust' is no key of [task]. It belongs to [method]"),
+])  # fmt: skip
 def test_a_known_part_in_the_wrong_place_says_where_it_goes(text, change, words):
     assert words in refused(*([change] if change else []), text=TEXT + text)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("lr=0.1", "'lr' is no part; did you mean training.learning_rate?"),
-        ("federation.lr=0.1", "federation: 'lr' is no key of [federation]; did you mean training.learning_rate?"),
-        ("training.num-train-epochs=3", "did you mean training.local_steps (it counts steps, not epochs)?"),
-        ("per_device_train_batch_size=4", "did you mean training.batch_size?"),
-        ("rounds=5", "did you mean federation.num_rounds?"),
-        ("training.rounds=5", "'rounds' is no key of [training]; did you mean federation.num_rounds?"),
-        ("clients=5", "did you mean partition.num_clients?"),
-        ("model=minilm", "did you mean backbone.name?"),
-        ("model={name='minilm'}", "'model' is no part; did you mean [backbone]?"),
-        ("privacy={name='record_gaussian',target_epsilon=2}", "did you mean privacy.epsilon?"),
-        (
-            "privacy={epsilon=2,max_grad_norm=1}",
-            "'max_grad_norm' is no key of [privacy]; did you mean privacy.clip_norm?",
-        ),
-        ("fraction-fit=0.5", "did you mean federation.clients_per_round (a number)?"),
-        ("output_dir=runs", "did you mean --out of `ficpd run`?"),
-    ],
-)
-def test_a_word_of_other_software_names_the_setting(change, words):
+@pytest.mark.parametrize(("change", "words"), [
+    ("lr=0.1", "'lr' is no part; did you mean training.learning_rate?"),
+    ("federation.lr=0.1", "federation: 'lr' is no key of [federation]; did you mean training.learning_rate?"),
+    ("training.num-train-epochs=3", "did you mean training.local_steps (it counts steps, not epochs)?"),
+    ("per_device_train_batch_size=4", "did you mean training.batch_size?"),
+    ("rounds=5", "did you mean federation.num_rounds?"),
+    ("training.rounds=5", "'rounds' is no key of [training]; did you mean federation.num_rounds?"),
+    ("clients=5", "did you mean partition.num_clients?"),
+    ("model=minilm", "did you mean backbone.name?"),
+    ("model={name='minilm'}", "'model' is no part; did you mean [backbone]?"),
+    ("privacy={name='record_gaussian',target_epsilon=2}", "did you mean privacy.epsilon?"),
+    ("privacy={epsilon=2,max_grad_norm=1}", "'max_grad_norm' is no key of [privacy]; did you mean privacy.clip_norm?"),
+    ("fraction-fit=0.5", "did you mean federation.clients_per_round (a number)?"),
+    ("output_dir=runs", "did you mean --out of `ficpd run`?"),
+    ("method.name=fedavgg",
+     "unknown method 'fedavgg'; did you mean 'fedavg'? Known: analytic, centralized, class_means"),
+    ("task.name=clasification", "did you mean 'classification'? Known: classification, generation, multiple_choice"),
+    ("privacy.name=non", "'non'; did you mean 'none'? Known: "),
+    ("baselines=['locl']", "unknown method 'locl'; did you mean 'local'? Known: "),
+    ("method.name=my.module", "'my.module': No module named 'my'. A dotted name is a module"),
+    ("training.local_steps=0", "my.toml: training.local_steps = 0: Input should be greater than or equal to 1"),
+    ("training.local_steps=many", "my.toml: training.local_steps = 'many': Input should be a valid integer"),
+    ("training.learning_rate=-1", "training.learning_rate = -1"),
+    ("federation.num_rounds=-1", "federation.num_rounds = -1"),
+    ("federation.clients_per_round=0", "federation.clients_per_round = 0"),
+    ("prompt.num_tokens=0", "prompt.num_tokens = 0"),
+    ("prompt.enters_at=-1", "prompt.enters_at = -1"),
+    ("prompt.init=noise", "prompt.init = 'noise': Input should be 'text', 'vocabulary' or 'library'"),
+    ("backbone.dtype=float64", "backbone.dtype = 'float64'"),
+    ("data.test_fraction=1", "data.test_fraction = 1"),
+    ("partition.kind=dirichlet", "kind 'dirichlet'"),
+    ("task.labels={good='x'}", "task.labels"),
+    ("seed=x", "seed = 'x'"),
+    ("privacy=record_gaussian", 'write privacy = { name = "record_gaussian" }'),
+    ("data.columns=['text']", "data.columns = ['text']: a table is expected: write columns = { "),
+    ("data.keep=site", "data.keep = 'site': a list is expected: write keep = [\"site\"]"),
+    ("data.where={site='a'}", 'a list is expected: write site = ["a"]'),
+    ("baselines=local", "my.toml: baselines = 'local': a list is expected: write baselines = [\"local\"]"),
+    ("task.labels={good=1,bad=2}", 'task.labels.good = 1: a text is expected: write good = "1"'),
+    ("task.labels={good='x'}", "my.toml: task.labels = {'good': 'x'}: expected 2 entries or more, not 1"),
+    ("metrics=3", "my.toml: metrics = 3: a list is expected"),
+    ("data.encoding=klingon", "data.encoding = 'klingon': unknown encoding"),
+])  # fmt: skip
+def test_a_mistake_in_a_change_names_what_was_meant(change, words):
     assert words in refused(change)
 
 
@@ -112,48 +124,6 @@ def test_a_misspelt_key_in_the_file_is_named_too():
     assert "my.toml: training: unknown key 'lokal_steps'; did you mean 'local_steps'?" in refused(text=text)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            "method.name=fedavgg",
-            "unknown method 'fedavgg'; did you mean 'fedavg'? Known: analytic, centralized, class_means",
-        ),
-        (
-            "task.name=clasification",
-            "did you mean 'classification'? Known: classification, generation, multiple_choice",
-        ),
-        ("privacy.name=non", "'non'; did you mean 'none'? Known: "),
-        ("baselines=['locl']", "unknown method 'locl'; did you mean 'local'? Known: "),
-        ("method.name=my.module", "'my.module': No module named 'my'. A dotted name is a module"),
-    ],
-)
-def test_an_unknown_module_lists_the_known(change, words):
-    assert words in refused(change)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("training.local_steps=0", "my.toml: training.local_steps = 0: Input should be greater than or equal to 1"),
-        ("training.local_steps=many", "my.toml: training.local_steps = 'many': Input should be a valid integer"),
-        ("training.learning_rate=-1", "training.learning_rate = -1"),
-        ("federation.num_rounds=-1", "federation.num_rounds = -1"),
-        ("federation.clients_per_round=0", "federation.clients_per_round = 0"),
-        ("prompt.num_tokens=0", "prompt.num_tokens = 0"),
-        ("prompt.enters_at=-1", "prompt.enters_at = -1"),
-        ("prompt.init=noise", "prompt.init = 'noise': Input should be 'text', 'vocabulary' or 'library'"),
-        ("backbone.dtype=float64", "backbone.dtype = 'float64'"),
-        ("data.test_fraction=1", "data.test_fraction = 1"),
-        ("partition.kind=dirichlet", "kind 'dirichlet'"),
-        ("task.labels={good='x'}", "task.labels"),
-        ("seed=x", "seed = 'x'"),
-    ],
-)
-def test_a_value_out_of_range_is_named_with_what_is_expected(change, words):
-    assert words in refused(change)
-
-
 @pytest.mark.parametrize("part", ["data", "partition", "task"])
 def test_a_part_without_a_default_must_be_there(part):
     lines, keep, inside = TEXT.splitlines(), [], False
@@ -173,27 +143,8 @@ def test_a_module_needs_a_name(part, value):
 @pytest.mark.parametrize("value", ["3", "'x'", "[1]"])
 @pytest.mark.parametrize("part", ["training", "backbone", "data", "task", "method", "privacy", "compression"])
 def test_a_part_that_is_no_table_says_how_it_is_written(part, value):
-    assert re.search(
-        rf"my\.toml: {part} = .*: a table is expected: write {part} = {{ \w+ = ", refused(f"{part}={value}")
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("privacy=record_gaussian", 'write privacy = { name = "record_gaussian" }'),
-        ("data.columns=['text']", "data.columns = ['text']: a table is expected: write columns = { "),
-        ("data.keep=site", "data.keep = 'site': a list is expected: write keep = [\"site\"]"),
-        ("data.where={site='a'}", 'a list is expected: write site = ["a"]'),
-        ("baselines=local", "my.toml: baselines = 'local': a list is expected: write baselines = [\"local\"]"),
-        ("task.labels={good=1,bad=2}", 'task.labels.good = 1: a text is expected: write good = "1"'),
-        ("task.labels={good='x'}", "my.toml: task.labels = {'good': 'x'}: expected 2 entries or more, not 1"),
-        ("metrics=3", "my.toml: metrics = 3: a list is expected"),
-        ("data.encoding=klingon", "data.encoding = 'klingon': unknown encoding"),
-    ],
-)
-def test_a_value_of_another_kind_says_how_it_is_written(change, words):
-    assert words in refused(change)
+    said = rf"my\.toml: {part} = .*: a table is expected: write {part} = {{ \w+ = "
+    assert re.search(said, refused(f"{part}={value}"))
 
 
 @pytest.mark.parametrize("text", ["groups = 3", "[groups]\na = 3"])
@@ -217,25 +168,22 @@ def test_errors_of_one_part_are_told_together():
     assert "training.batch_size = 0" in told
 
 
-@pytest.mark.parametrize(
-    ("change", "read_back"),
-    [
-        ("training.local_steps=7", lambda e: e.training.local_steps == 7),
-        ("training.learning_rate=1e-3", lambda e: e.training.learning_rate == 0.001),
-        ("training.local_steps = 7 ", lambda e: e.training.local_steps == 7),
-        ("backbone.name=some/model", lambda e: e.backbone.name == "some/model"),
-        ("backbone.name='minilm'", lambda e: e.backbone.name == "minilm"),
-        ("name=a=b", lambda e: e.name == "a=b"),
-        ("baselines=['local','fedavg']", lambda e: e.baselines == ("local", "fedavg")),
-        ("data.columns.text=review", lambda e: e.data.columns == {"text": "review"}),
-        ("backbone.options={width=8}", lambda e: e.backbone.options == {"width": 8}),
-        ("backbone.options.depth=3", lambda e: e.backbone.options == {"width": 16, "depth": 3}),
-        ("task.tuned_head=true", lambda e: e.task["tuned_head"] is True),
-        ("task.instruction=It is, after all", lambda e: e.task["instruction"] == "It is, after all"),
-        ("prompt.text=", lambda e: e.prompt.text == ""),
-        ("seed=12", lambda e: e.seed == 12),
-    ],
-)
+@pytest.mark.parametrize(("change", "read_back"), [
+    ("training.local_steps=7", lambda e: e.training.local_steps == 7),
+    ("training.learning_rate=1e-3", lambda e: e.training.learning_rate == 0.001),
+    ("training.local_steps = 7 ", lambda e: e.training.local_steps == 7),
+    ("backbone.name=some/model", lambda e: e.backbone.name == "some/model"),
+    ("backbone.name='minilm'", lambda e: e.backbone.name == "minilm"),
+    ("name=a=b", lambda e: e.name == "a=b"),
+    ("baselines=['local','fedavg']", lambda e: e.baselines == ("local", "fedavg")),
+    ("data.columns.text=review", lambda e: e.data.columns == {"text": "review"}),
+    ("backbone.options={width=8}", lambda e: e.backbone.options == {"width": 8}),
+    ("backbone.options.depth=3", lambda e: e.backbone.options == {"width": 16, "depth": 3}),
+    ("task.tuned_head=true", lambda e: e.task["tuned_head"] is True),
+    ("task.instruction=It is, after all", lambda e: e.task["instruction"] == "It is, after all"),
+    ("prompt.text=", lambda e: e.prompt.text == ""),
+    ("seed=12", lambda e: e.seed == 12),
+])  # fmt: skip
 def test_set_reads_toml_and_else_plain_text(change, read_back):
     assert not read_back(changed()), "the test shows nothing: the value is there without the change"
     assert read_back(changed(change))
@@ -268,15 +216,12 @@ def test_a_change_below_a_value_is_refused():
     assert "--set 'seed.x=3': seed is a value, not a part" in refused("seed.x=3")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        [],
-        ["method.name=ficpd", "prompt.enters_at=1", "federation.clients_per_round=2", "training.learning_rate=0.5"],
-        ["task.instruction='quote \" and \\ and ä'", "prompt.text='two\nlines'", "baselines=['local']"],
-        ["privacy.name=none", "engine.chunk_tokens=64", "data.max_records=30"],
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    [],
+    ["method.name=ficpd", "prompt.enters_at=1", "federation.clients_per_round=2", "training.learning_rate=0.5"],
+    ["task.instruction='quote \" and \\ and ä'", "prompt.text='two\nlines'", "baselines=['local']"],
+    ["privacy.name=none", "engine.chunk_tokens=64", "data.max_records=30"],
+])  # fmt: skip
 def test_an_experiment_written_and_read_is_the_same(changes):
     changes = [change.replace("\n", " ") for change in changes]
     given = changed(*changes)
@@ -305,9 +250,8 @@ def test_the_quick_start_is_what_is_run_if_nothing_is_named():
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(
-        ConfigError, match=r"unknown recipe 'quikstart'; did you mean 'quickstart'\?.*give a \.toml file"
-    ):
+    unknown = r"unknown recipe 'quikstart'; did you mean 'quickstart'\?.*give a \.toml file"
+    with pytest.raises(ConfigError, match=unknown):
         read("quikstart")
 
 
@@ -321,9 +265,8 @@ def test_a_file_that_is_not_there_is_said_not_to_be(tmp_path):
 @pytest.mark.parametrize("name", ["notes.csv", "notes.parquet", "notes.csv.gz"])
 def test_a_table_in_the_place_of_a_recipe_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"text,target\n\xff")
-    with pytest.raises(
-        ConfigError, match=rf"{name} is a table; expected a recipe.*`ficpd init .*{name}` writes a recipe"
-    ):
+    said = rf"{name} is a table; expected a recipe.*`ficpd init .*{name}` writes a recipe"
+    with pytest.raises(ConfigError, match=said):
         read(str(tmp_path / name))
 
 

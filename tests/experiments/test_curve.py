@@ -17,23 +17,14 @@ def metrics(folder):
     return [done.metrics for done in RunDir(folder / "run").rounds()]
 
 
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [
-        ("ficpd", PRIVATE),
-        ("fedavg", PRIVATE),
-        ("fpl", ()),
-        ("local", ()),
-        ("fedhpl", ()),
-        ("feddtpt", ()),
-        ("fedlora", ()),
-    ],
-)
+@pytest.mark.parametrize(("method", "changes"), [
+    ("ficpd", PRIVATE), ("fedavg", PRIVATE), ("fpl", ()), ("local", ()), ("fedhpl", ()), ("feddtpt", ()),
+    ("fedlora", ()),
+])  # fmt: skip
 def test_curve_of_a_sample_changes_neither_results_nor_privacy(tmp_path, method, changes):
     for name, every in (("with", 1), ("without", 0)):
-        small.run(
-            tmp_path / name, method, f"federation.evaluate_every={every}", "federation.evaluate_records=9", *changes
-        )
+        scored = (f"federation.evaluate_every={every}", "federation.evaluate_records=9")
+        small.run(tmp_path / name, method, *scored, *changes)
     one, other = (RunResult.load(tmp_path / name / "run") for name in ("with", "without"))
     left = [small.library(tmp_path / name) for name in ("with", "without")]
     assert small.same(*left)

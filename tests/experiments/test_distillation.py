@@ -63,9 +63,8 @@ def test_each_prototype_is_a_task_with_the_labels_that_it_gives(tmp_path, texts,
     monkeypatch.setattr(
         distillation, learn.__name__, lambda *args, **more: seen.append(args[1]) or learn(*args, **more)
     )
-    context = build_context(
-        small.experiment(tmp_path, "ficpd", f"distillation.how={how}", texts, "distillation.steps=2")
-    )
+    given = small.experiment(tmp_path, "ficpd", f"distillation.how={how}", texts, "distillation.steps=2")
+    context = build_context(given)
     model, task, start = context.model, context.task, context.start
     one = start.with_vectors(model.backbone.init_prompt("good fine", start.num_virtual_tokens, start.enters_at, 0))
     other = start.with_vectors(-5 * one.vectors_PD)
@@ -111,9 +110,8 @@ def test_copies_of_training_records_are_dropped_or_under_a_guarantee_counted(tmp
 
 def test_without_any_example_the_global_prompt_stays(tmp_path):
     (tmp_path / "public.txt").write_text("?!\n..\n")
-    found = test_groups.run(
-        tmp_path, "distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}", rounds=2
-    )
+    changes = ("distillation.how=squared", f"distillation.texts={tmp_path / 'public.txt'}")
+    found = test_groups.run(tmp_path, *changes, rounds=2)
     assert found.distillation.gained is False
     assert found.distillation.examples["plain"].startswith("0 examples; dropped: 2")
     assert found.scores.distilled == found.scores.global_prompt

@@ -72,9 +72,7 @@ def test_the_recipe_runs(ficpd, table):
 def test_it_refuses_to_overwrite(ficpd, table):
     assert ficpd("init", table(notes()))[0] == 0
     before = Path("data.toml").read_text(encoding="utf-8")
-    status, _, err = ficpd("init", "data.csv", "--epsilon", "2")
-    assert status == 1
-    assert "data.toml exists already" in err
+    assert "data.toml exists already" in ficpd("init", "data.csv", "--epsilon", "2").said(1)
     assert Path("data.toml").read_text(encoding="utf-8") == before
     assert ficpd("init", "data.csv", "--out", "other.toml")[0] == 0
 
@@ -98,14 +96,11 @@ def test_columns_without_a_known_name_are_guessed_by_their_content(table):
     assert recipe["partition"] == {"kind": "iid", "num_clients": 5}
 
 
-@pytest.mark.parametrize(
-    ("columns", "words"),
-    [
-        ({"target": "departmen"}, r"did you mean 'department'.* \(--target\)"),
-        ({"target": "note"}, "240 different values"),
-        ({"target": "same"}, "1 different values"),
-    ],
-)
+@pytest.mark.parametrize(("columns", "words"), [
+    ({"target": "departmen"}, r"did you mean 'department'.* \(--target\)"),
+    ({"target": "note"}, "240 different values"),
+    ({"target": "same"}, "1 different values"),
+])  # fmt: skip
 def test_a_column_that_cannot_be_is_refused(table, columns, words):
     source = table(notes(same=["a"] * 240))
     with pytest.raises(DataError, match=words):
@@ -213,9 +208,8 @@ def test_a_budget_that_is_none_is_wrong_usage(ficpd, table, epsilon):
 
 
 def test_truth_values_and_numbers_of_typed_files_are_labels(table):
-    Path("data.jsonl").write_text(
-        "".join(json.dumps({"text": f"a text {i}", "label": i % 2 == 0}) + "\n" for i in range(240)), encoding="utf-8"
-    )
+    rows = [json.dumps({"text": f"a text {i}", "label": i % 2 == 0}) + "\n" for i in range(240)]
+    Path("data.jsonl").write_text("".join(rows), encoding="utf-8")
     found = draft("data.jsonl", "data.toml", NONE)
     assert tomllib.loads(found.toml)["task"]["labels"] == {"True": "True", "False": "False"}
     assert not [line for line in found.warnings if "run stops" in line]

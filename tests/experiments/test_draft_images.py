@@ -34,9 +34,8 @@ def images(tmp_path, monkeypatch) -> list[dict[str, str]]:
 
 def stored(rows: list[dict[str, str]]) -> datasets.Dataset:
     """The rows with the images' bytes, as `datasets` keeps them."""
-    features = datasets.Features(
-        {"note": datasets.Value("string"), "scan": datasets.Image(), "kind": datasets.ClassLabel(names=list(LABELS))}
-    )
+    kind = datasets.ClassLabel(names=list(LABELS))
+    features = datasets.Features({"note": datasets.Value("string"), "scan": datasets.Image(), "kind": kind})
     cells = [{**row, "scan": {"bytes": Path(row["scan"]).read_bytes(), "path": None}} for row in rows]
     return datasets.Dataset.from_list([{key: row[key] for key in features} for row in cells], features=features)
 

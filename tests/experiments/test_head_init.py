@@ -40,9 +40,8 @@ def test_with_examples_it_is_the_means_of_their_features():
 def test_a_run_of_texts_can_start_from_examples_too(tmp_path):
     public = small.table(tmp_path / "public.csv", 20)
     changes = ["task.tuned_head=true", f"prompt.head_examples={public}"]
-    heads = [
-        build_context(small.experiment(tmp_path, "fedavg", *changes[:number])).start.vectors_PD[3:] for number in (1, 2)
-    ]
+    contexts = [build_context(small.experiment(tmp_path, "fedavg", *changes[:number])) for number in (1, 2)]
+    heads = [context.start.vectors_PD[3:] for context in contexts]
     assert heads[0].shape == heads[1].shape == (2, 16)
     assert not small.close(*heads, 0.1)
 
@@ -51,10 +50,8 @@ def test_examples_are_read_in_the_columns_of_the_clients_own(tmp_path):
     public = csv(tmp_path / "public.csv", ("fine film", "good"), ("dull film", "bad"))
     columns = {"text": "review", "target": "stars", "client": "site"}
     data = Config(source=str(tmp_path / "own.csv"), columns=columns, keep=("age",), split_column="side", max_records=2)
-    assert [r.fields for r in examples(public, data)] == [
-        {"text": "fine film", "target": "good"},
-        {"text": "dull film", "target": "bad"},
-    ]
+    found = [(r.fields["text"], r.fields["target"]) for r in examples(public, data)]
+    assert found == [("fine film", "good"), ("dull film", "bad")]
     with pytest.raises(ConfigError, match="the clients' private records"):
         examples(str(tmp_path / "." / "own.csv"), data)
     with pytest.raises(DataError, match=r"prompt.head_examples: there is no file"):

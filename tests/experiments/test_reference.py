@@ -30,24 +30,19 @@ def test_the_schema_takes_a_recipe_with_and_without_its_defaults(name):
         assert list(CHECK.iter_errors(plain(tomllib.loads(text)))) == []
 
 
-@pytest.mark.parametrize(
-    ("part", "value"),
-    [
-        ("promt", {}), ("seed", "one"), ("prompt", {"num_tokens": 0}), ("prompt", {"tokens": 3}),
-        ("task", {"name": "tasks"}),
-        ("method", {"name": "fedavg", "num_prototypes": 3}), ("privacy", {"epsilon": -1.0}), ("engine", {"name": 3}),
-        ("groups", {"a": {"task": {"name": "classification"}}}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("part", "value"), [
+    ("promt", {}), ("seed", "one"), ("prompt", {"num_tokens": 0}), ("prompt", {"tokens": 3}),
+    ("task", {"name": "tasks"}),
+    ("method", {"name": "fedavg", "num_prototypes": 3}), ("privacy", {"epsilon": -1.0}), ("engine", {"name": 3}),
+    ("groups", {"a": {"task": {"name": "classification"}}}),
+])  # fmt: skip
 def test_the_schema_refuses_what_the_package_refuses(part, value):
     assert list(CHECK.iter_errors(plain({**TREE, part: value})))
 
 
 def test_the_schema_takes_a_record_level_budget_without_a_name_and_a_dotted_name():
-    assert (
-        list(CHECK.iter_errors(plain({**TREE, "privacy": {"epsilon": 2}, "method": {"name": "mylab.mine", "x": 1}})))
-        == []
-    )
+    tree = {**TREE, "privacy": {"epsilon": 2}, "method": {"name": "mylab.mine", "x": 1}}
+    assert list(CHECK.iter_errors(plain(tree))) == []
 
 
 def test_every_setting_has_a_meaning():

@@ -22,14 +22,11 @@ def test_a_figure_that_is_no_number_can_be_read_again(tmp_path):
     assert str(RunResult.load(tmp_path).scores.per_client_mean["accuracy"]) == "nan"
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"set_aside": {}}, "set_aside: Extra"),
-        ({"privacy": {}}, r"privacy\.mechanism: Field required"),
-        (None, "the file"),
-    ],
-)
+@pytest.mark.parametrize(("change", "why"), [
+    ({"set_aside": {}}, "set_aside: Extra"),
+    ({"privacy": {}}, r"privacy\.mechanism: Field required"),
+    (None, "the file"),
+])  # fmt: skip
 def test_a_result_of_another_version_is_refused(tmp_path, change, why):
     small.run(tmp_path, rounds=0)
     file = tmp_path / "run" / FILE

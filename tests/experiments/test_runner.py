@@ -144,9 +144,8 @@ def test_the_report_has_a_row_for_each_method(finished):
 def test_all_settings_are_written_as_they_were_used(finished):
     given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml")
     used = parse((finished / "run" / "resolved.toml").read_text(), "resolved.toml")
-    assert given == small.experiment(
-        finished, "ficpd", "baselines=['local', 'centralized']", "federation.evaluate_every=2", rounds=4
-    )
+    changes = ("baselines=['local', 'centralized']", "federation.evaluate_every=2")
+    assert given == small.experiment(finished, "ficpd", *changes, rounds=4)
     assert (given.prompt.enters_at, given.training.learning_rate) == (None, None)
     assert used.prompt.enters_at == 1
     assert used.training.learning_rate > 0
@@ -155,9 +154,8 @@ def test_all_settings_are_written_as_they_were_used(finished):
 
 
 def test_a_finished_run_is_not_run_again(finished):
-    again = small.experiment(
-        finished, "ficpd", "baselines=['local', 'centralized']", "federation.evaluate_every=2", rounds=4
-    )
+    changes = ("baselines=['local', 'centralized']", "federation.evaluate_every=2")
+    again = small.experiment(finished, "ficpd", *changes, rounds=4)
     before = {file: file.stat().st_mtime_ns for file in (finished / "run").rglob("result.json")}
     assert run_experiment(again, finished / "run", resume=True).method == "ficpd"
     assert {file: file.stat().st_mtime_ns for file in (finished / "run").rglob("result.json")} == before
@@ -185,11 +183,8 @@ def test_equal_seeds_leave_equal_libraries_and_others_do_not(tmp_path, method):
         small.run(tmp_path / name, method, seed=seed)
     left = [left_by(tmp_path / name / "run") for name in "abc"]
     assert_same(left[0], left[1])
-    assert any(
-        not small.close(array.float(), left[2][name].float(), 1e-6)
-        for name, array in left[0].items()
-        if name in left[2]
-    )
+    both = left[0].keys() & left[2].keys()
+    assert any(not small.close(left[0][name].float(), left[2][name].float(), 1e-6) for name in both)
 
 
 def test_regression_and_a_tuned_head_run_too(tmp_path):
@@ -350,12 +345,6 @@ def test_a_learning_rate_that_diverges_is_told_and_leaves_what_was_there(tmp_pat
             assert "lower training.learning_rate" in found.verdict
 
 
-def test_an_occupied_directory_is_refused(finished):
-    given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml")
-    with pytest.raises(RunError, match=r"already holds a run. Go on with it \(--resume\), or choose another --out"):
-        run_experiment(given, finished / "run")
-
-
 def test_two_runs_in_one_directory_at_once_are_refused(finished, tmp_path):
     """Both new, or both going on: each would write over the other's checkpoint, and pay from one ledger."""
     given, out = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml"), tmp_path / "out"
@@ -363,9 +352,8 @@ def test_two_runs_in_one_directory_at_once_are_refused(finished, tmp_path):
 
     def meanwhile(*_: object) -> None:
         for resume in (False, True):
-            with pytest.raises(
-                RunError, match=r"another process is at work in .*out; wait until it has ended, or choose"
-            ):
+            busy = r"another process is at work in .*out; wait until it has ended, or choose"
+            with pytest.raises(RunError, match=busy):
                 run_experiment(given, out, resume=resume)
             refused.append("resumed" if resume else "new")
 
@@ -405,6 +393,12 @@ def test_an_empty_directory_is_taken(tmp_path):
     assert small.run(tmp_path, rounds=1).num_rounds == 1
 
 
+def test_an_occupied_directory_is_refused(finished):
+    given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml")
+    with pytest.raises(RunError, match=r"already holds a run. Go on with it \(--resume\), or choose another --out"):
+        run_experiment(given, finished / "run")
+
+
 def test_another_experiment_is_not_gone_on_with(finished):
     given = parse((finished / "run" / "experiment.toml").read_text(), "experiment.toml", ["seed=9"])
     with pytest.raises(RunError, match=r"another experiment \(seed was 0, is 9\)\. Resume without changes"):
@@ -430,9 +424,8 @@ def test_a_damaged_checkpoint_is_refused_with_what_to_do(tmp_path, damage):
     given, out = stopped(tmp_path)
     whole = (out / "checkpoint").read_bytes()
     (out / "checkpoint").write_bytes(damage(whole))
-    with pytest.raises(
-        RunError, match=r"checkpoint cannot be read, or is of another version: .*Delete it to begin anew"
-    ):
+    unread = r"checkpoint cannot be read, or is of another version: .*Delete it to begin anew"
+    with pytest.raises(RunError, match=unread):
         run_experiment(given, out, resume=True)
     (out / "checkpoint").unlink()
     assert run_experiment(given, out, resume=True).num_rounds == 3
@@ -551,9 +544,8 @@ def test_clients_that_take_no_part_are_tried_at_the_end(tmp_path):
 
 def test_clients_of_test_records_alone_and_named_ones_take_no_part_and_are_served(tmp_path):
     table = pd.read_csv(small.table(tmp_path / "table.csv"))
-    table["split"] = [
-        "test" if site == "site-0" or place % 4 == 0 else "train" for place, site in enumerate(table["site"])
-    ]
+    held = [site == "site-0" or place % 4 == 0 for place, site in enumerate(table["site"])]
+    table["split"] = ["test" if one else "train" for one in held]
     table.to_csv(tmp_path / "table.csv", index=False)
     text = small.toml(tmp_path / "table.csv", "ficpd")
     changes = ["data.split_column=split", "federation.unseen=['site-1']"]

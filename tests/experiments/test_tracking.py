@@ -85,20 +85,14 @@ def test_without_a_tracker_nothing_is_done(tmp_path):
 
 
 def test_an_unknown_tracker_and_a_missing_one_are_said(tmp_path, monkeypatch):
-    with (
-        pytest.raises(ConfigError, match="--track 'aim' is not known; write one of tensorboard, mlflow, wandb"),
-        followed("aim", tmp_path),
-    ):
+    unknown = "--track 'aim' is not known; write one of tensorboard, mlflow, wandb"
+    with pytest.raises(ConfigError, match=unknown), followed("aim", tmp_path):
         pass
     for name, module in (("tensorboard", "torch.utils.tensorboard"), ("mlflow", "mlflow.tracking"), ("wandb", "wandb")):
         monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setitem(sys.modules, name, None)
-        with (
-            pytest.raises(
-                PackageError, match=rf"--track {name} needs the package {name}, which is not installed.*ficpd\[track\]"
-            ),
-            followed(name, tmp_path),
-        ):
+        missing = rf"--track {name} needs the package {name}, which is not installed.*ficpd\[track\]"
+        with pytest.raises(PackageError, match=missing), followed(name, tmp_path):
             pass
 
 
@@ -234,16 +228,13 @@ def test_wandb_itself_takes_it_without_a_network(tmp_path, wandb):
     assert not [word for word in (gethostname(), getpass.getuser(), str(tmp_path)) if f'"{word}' in rest]
 
 
-@pytest.mark.parametrize(
-    ("env", "file", "mode"),
-    [
-        ({}, "", "offline"),
-        ({"WANDB_API_KEY": "0" * 40}, "", "offline"),
-        ({"WANDB_MODE": "online"}, "", "online"),
-        ({"WANDB_MODE": "disabled"}, "mode = online", "disabled"),
-        ({}, "mode = online", "online"),
-    ],
-)
+@pytest.mark.parametrize(("env", "file", "mode"), [
+    ({}, "", "offline"),
+    ({"WANDB_API_KEY": "0" * 40}, "", "offline"),
+    ({"WANDB_MODE": "online"}, "", "online"),
+    ({"WANDB_MODE": "disabled"}, "mode = online", "disabled"),
+    ({}, "mode = online", "online"),
+])  # fmt: skip
 def test_wandb_sends_only_if_the_users_settings_say_so(tmp_path, monkeypatch, wandb, env, file, mode):
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "settings").write_text(f"[default]\nproject = ours\n{file}\n")
@@ -267,9 +258,8 @@ def test_wandb_without_a_login_is_an_error_before_the_run(tmp_path, monkeypatch,
 
 def test_settings_are_of_the_run_beside_which_a_baseline_stands(tmp_path):
     (tmp_path / "baselines" / "local").mkdir(parents=True)
-    (tmp_path / "resolved.toml").write_text(
-        "seed = 3\ndp = true\n[method]\nname = 'ficpd'\n[method.contrast]\nweight = 0.1\n"
-    )
+    text = "seed = 3\ndp = true\n[method]\nname = 'ficpd'\n[method.contrast]\nweight = 0.1\n"
+    (tmp_path / "resolved.toml").write_text(text)
     assert tracking.settings_of(tmp_path / "baselines" / "local") == {
         "seed": "3", "dp": "True", "method.name": "ficpd", "method.contrast.weight": "0.1",
     }  # fmt: skip

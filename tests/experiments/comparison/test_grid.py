@@ -69,9 +69,8 @@ def test_all_methods_of_a_condition_share_all_but_what_a_method_may_change(folde
 
 def test_a_cell_that_asks_for_the_same_run_shares_it(folder):
     """Nothing leaves `local`, so no ε changes it; nothing at all changes `zero_shot`; bytes only cut a curve."""
-    found = plan(
-        folder, AXES + "[budgets.a]\nepsilon = 1\n[budgets.b]\nepsilon = 2\n[budgets.c]\nepsilon = 2\nbytes = 1000\n"
-    )
+    budgets = "[budgets.a]\nepsilon = 1\n[budgets.b]\nepsilon = 2\n[budgets.c]\nepsilon = 2\nbytes = 1000\n"
+    found = plan(folder, AXES + budgets)
     runs = {label: {c.hash for c in found.cells if c.method == label and c.seed == 0} for label in found.methods}
     assert {label: len(hashes) for label, hashes in runs.items()} == {
         "zero_shot": 1, "local": 1, "centralized": 1, "ficpd": 2, "fedavg": 2,
@@ -92,9 +91,8 @@ def test_sweeps_of_a_method_make_methods_and_others_make_settings(folder):
 
 
 def test_a_swept_epsilon_brings_a_mechanism_and_wins_over_the_file(folder):
-    found = plan(
-        folder, AXES + '[methods.free]\nmethod.name = "fedavg"\nprivate = false\n', "privacy.epsilon=1,2.5,inf"
-    )
+    free = '[methods.free]\nmethod.name = "fedavg"\nprivate = false\n'
+    found = plan(folder, AXES + free, "privacy.epsilon=1,2.5,inf")
     assert values(found, "fedavg", "privacy.name")[::2] == ["record_gaussian", "record_gaussian", "none"]
     assert values(found, "fedavg", "privacy.epsilon")[::2] == [1, 2.5, None]
     assert values(found, "free", "privacy.name") == ["none"] * 6
@@ -116,19 +114,16 @@ def test_a_partition_is_that_of_every_group(folder):
     text = small.toml(folder / "records.csv")
     start = text.index("[task]")
     ground, rest = text[start : text.index("[method]")], text[:start] + text[text.index("[method]") :]
-    groups = "".join(
-        ground.replace("[", f"[groups.{name}.", 1).replace("\n[", f"\n[groups.{name}.") for name in ("a", "b")
-    )
+    grounds = (ground.replace("[", f"[groups.{n}.", 1).replace("\n[", f"\n[groups.{n}.") for n in ("a", "b"))
+    groups = "".join(grounds)
     (folder / "small.toml").write_text(rest + groups)
     found = plan(folder, AXES + '[partitions.iid]\npartition = { kind = "iid", num_clients = 2 }\n')
     assert {party.partition.kind for c in found.cells for party in c.experiment.all_groups.values()} == {"iid"}
 
 
 def test_a_run_is_named_by_what_it_asks_for(folder):
-    before, after = (
-        plan(folder),
-        plan(folder, AXES + '[methods.new]\nmethod.name = "fedprox"\n', head="seeds = [0, 1, 2]"),
-    )
+    new = '[methods.new]\nmethod.name = "fedprox"\n'
+    before, after = plan(folder), plan(folder, AXES + new, head="seeds = [0, 1, 2]")
     hashes = {c.hash for c in before.cells}
     assert hashes < {c.hash for c in after.cells}, "a larger grid asks for the old runs too"
     changed = plan(folder, AXES, head='seeds = [0, 1]\nset = ["training.local_steps=7"]')
@@ -146,27 +141,22 @@ def test_every_comparison_that_comes_with_the_package_is_one(monkeypatch):
         assert len(found.cells) > 5
 
 
-@pytest.mark.parametrize(
-    ("sweep", "words"),
-    [
-        ("privacy.epsilon", "expected part.key=value,value"),
-        ("privacy.epsilon=", "expected part.key=value,value"),
-        ("epsilon=1,2", "expected part.key=value,value"),
-        ("privacy..epsilon=1", "expected part.key=value,value"),
-        ("privcy.epsilon=1,2", "unknown part 'privcy'; did you mean 'privacy'?"),
-        ("seed.x=1,2", "unknown part 'seed'"),
-        ("method.name=fedavg,fpl", "methods are entries of the file"),
-        ("training.optimizer=adam,,sgd", "a value is empty"),
-        ("training.local_steps=1,2,1", "a value stands there twice"),
-        (
-            "method.num_prototype=1,2",
-            "no method here has it: unknown setting 'num_prototype'; did you mean 'num_prototypes'?",
-        ),
-        ("training.local_step=1,2", "unknown key 'local_step'; did you mean 'local_steps'?"),
-        ("training.local_steps=1,none", "training.local_steps = 'none'"),
-        ("training.local_steps.x=1", "local_steps"),
-    ],
-)
+@pytest.mark.parametrize(("sweep", "words"), [
+    ("privacy.epsilon", "expected part.key=value,value"),
+    ("privacy.epsilon=", "expected part.key=value,value"),
+    ("epsilon=1,2", "expected part.key=value,value"),
+    ("privacy..epsilon=1", "expected part.key=value,value"),
+    ("privcy.epsilon=1,2", "unknown part 'privcy'; did you mean 'privacy'?"),
+    ("seed.x=1,2", "unknown part 'seed'"),
+    ("method.name=fedavg,fpl", "methods are entries of the file"),
+    ("training.optimizer=adam,,sgd", "a value is empty"),
+    ("training.local_steps=1,2,1", "a value stands there twice"),
+    ("method.num_prototype=1,2",
+     "no method here has it: unknown setting 'num_prototype'; did you mean 'num_prototypes'?"),
+    ("training.local_step=1,2", "unknown key 'local_step'; did you mean 'local_steps'?"),
+    ("training.local_steps=1,none", "training.local_steps = 'none'"),
+    ("training.local_steps.x=1", "local_steps"),
+])  # fmt: skip
 def test_a_wrong_sweep_says_what_is_expected(folder, sweep, words):
     assert words in refused(folder, AXES, sweep)
 
@@ -179,50 +169,44 @@ def test_a_sweep_is_read_as_set_reads():
         parsed_sweeps(["method.b=1", "method.b=2"])
 
 
-@pytest.mark.parametrize(
-    ("axes", "words"),
-    [
-        ("", "methods is missing"),
-        ("[methods.local]", "names only the baselines that are always added"),
-        ("methods = 3", "methods is a table of entries"),
-        ("[methods]\nfedavg = 3", "methods.fedavg = 3: expected a piece of a recipe"),
-        ("[methods.fedavgg]", "unknown method 'fedavgg'; did you mean 'fedavg'?"),
-        ("[methods.fedavg]\nfederation.num_rounds = 3", "methods.fedavg: unknown key 'federation'"),
-        ("[methods.fedavg]\ndata.max_records = 3", "methods.fedavg: unknown key 'data'"),
-        ("[methods.fedavg]\nprivacy.epsilon = 3", "methods.fedavg: unknown key 'privacy'"),
-        ("[methods.fedavg]\ntrainin.batch_size = 3", "unknown key 'trainin'; did you mean 'training'?"),
-        ("[methods.fedavg]\ntraining.batch_sise = 3", "unknown key 'batch_sise'; did you mean 'batch_size'?"),
-        ("[methods.fedavg]\ntraining = 3", "methods.fedavg.training = 3: "),
-        ("[methods.fedavg]\nprivate = 'no'", "methods.fedavg.private = 'no': "),
-        ("[methods.local]\nmethod.name = 'fedavg'\n[methods.fedavg]", "methods.local is a line that is always there"),
-        ("[methods.centralized]\nprivate = true\n[methods.fedavg]", "give a private one another label"),
-        ("[methods.fedavg]\n[budgets.a]\nepsilon = 0", "budgets.a.epsilon = 0: Input should be greater than 0"),
-        ("[methods.fedavg]\n[budgets.a]\nrounds = 2.5", "budgets.a.rounds = 2.5: Input should be a valid integer"),
-        ("[methods.fedavg]\n[budgets.a]\nbytes = inf", "budgets.a.bytes = inf: Input should be a finite number"),
-        ("[methods.fedavg]\n[budgets.a]\nbyte = 3", "budgets.a: unknown key 'byte'; did you mean 'bytes'?"),
-        ("[methods.fedavg]\n[tasks.a]\nseed = 3", "tasks.a: unknown key 'seed'"),
-        ("[methods.fedavg]\n[tasks.a]\nrecipe = 'nowhere.toml'", "no recipe file"),
-        ("[methods.fedavg]\n[partitions.a]\npartition.kind = 'iid'", "partition"),
-        ("[methods.' ']", "a label is a few printable characters"),
-    ],
-)
+@pytest.mark.parametrize(("axes", "words"), [
+    ("", "methods is missing"),
+    ("[methods.local]", "names only the baselines that are always added"),
+    ("methods = 3", "methods is a table of entries"),
+    ("[methods]\nfedavg = 3", "methods.fedavg = 3: expected a piece of a recipe"),
+    ("[methods.fedavgg]", "unknown method 'fedavgg'; did you mean 'fedavg'?"),
+    ("[methods.fedavg]\nfederation.num_rounds = 3", "methods.fedavg: unknown key 'federation'"),
+    ("[methods.fedavg]\ndata.max_records = 3", "methods.fedavg: unknown key 'data'"),
+    ("[methods.fedavg]\nprivacy.epsilon = 3", "methods.fedavg: unknown key 'privacy'"),
+    ("[methods.fedavg]\ntrainin.batch_size = 3", "unknown key 'trainin'; did you mean 'training'?"),
+    ("[methods.fedavg]\ntraining.batch_sise = 3", "unknown key 'batch_sise'; did you mean 'batch_size'?"),
+    ("[methods.fedavg]\ntraining = 3", "methods.fedavg.training = 3: "),
+    ("[methods.fedavg]\nprivate = 'no'", "methods.fedavg.private = 'no': "),
+    ("[methods.local]\nmethod.name = 'fedavg'\n[methods.fedavg]", "methods.local is a line that is always there"),
+    ("[methods.centralized]\nprivate = true\n[methods.fedavg]", "give a private one another label"),
+    ("[methods.fedavg]\n[budgets.a]\nepsilon = 0", "budgets.a.epsilon = 0: Input should be greater than 0"),
+    ("[methods.fedavg]\n[budgets.a]\nrounds = 2.5", "budgets.a.rounds = 2.5: Input should be a valid integer"),
+    ("[methods.fedavg]\n[budgets.a]\nbytes = inf", "budgets.a.bytes = inf: Input should be a finite number"),
+    ("[methods.fedavg]\n[budgets.a]\nbyte = 3", "budgets.a: unknown key 'byte'; did you mean 'bytes'?"),
+    ("[methods.fedavg]\n[tasks.a]\nseed = 3", "tasks.a: unknown key 'seed'"),
+    ("[methods.fedavg]\n[tasks.a]\nrecipe = 'nowhere.toml'", "no recipe file"),
+    ("[methods.fedavg]\n[partitions.a]\npartition.kind = 'iid'", "partition"),
+    ("[methods.' ']", "a label is a few printable characters"),
+])  # fmt: skip
 def test_a_mistake_in_an_axis_is_named(folder, axes, words):
     assert words in refused(folder, axes)
 
 
-@pytest.mark.parametrize(
-    ("head", "words"),
-    [
-        ("sede = [1]", "unknown key 'sede'; did you mean 'seeds'?"),
-        ("seeds = []", "test.toml: seeds = []"),
-        ("seeds = [1, 1]", "a seed stands there twice"),
-        ("targets = [1.5]", "test.toml: targets.0 = 1.5"),
-        ("figure = 'best'", "test.toml: figure = 'best'"),
-        ("reference = 'fedavgg'", "unknown reference 'fedavgg'; did you mean 'fedavg'?"),
-        ("set = ['training.local_step=1']", "unknown key 'local_step'; did you mean 'local_steps'?"),
-        ("seeds = [", "test.toml is not TOML"),
-    ],
-)
+@pytest.mark.parametrize(("head", "words"), [
+    ("sede = [1]", "unknown key 'sede'; did you mean 'seeds'?"),
+    ("seeds = []", "test.toml: seeds = []"),
+    ("seeds = [1, 1]", "a seed stands there twice"),
+    ("targets = [1.5]", "test.toml: targets.0 = 1.5"),
+    ("figure = 'best'", "test.toml: figure = 'best'"),
+    ("reference = 'fedavgg'", "unknown reference 'fedavgg'; did you mean 'fedavg'?"),
+    ("set = ['training.local_step=1']", "unknown key 'local_step'; did you mean 'local_steps'?"),
+    ("seeds = [", "test.toml is not TOML"),
+])  # fmt: skip
 def test_a_mistake_in_the_head_is_named(folder, head, words):
     assert words in refused(folder, head=head)
 
@@ -237,10 +221,8 @@ def test_a_name_that_is_not_there_names_the_nearest():
 def test_a_piece_of_another_name_takes_the_place_of_the_part():
     base = {"privacy": {"name": "none"}, "partition": {"kind": "column", "column": "site"}}
     over = merge(base, {"privacy": {"name": "record_gaussian", "epsilon": 1.0}, "partition": {"min_records": 2}})
-    assert over == {
-        "privacy": {"name": "record_gaussian", "epsilon": 1.0},
-        "partition": {"kind": "column", "column": "site", "min_records": 2},
-    }
+    partition = {"kind": "column", "column": "site", "min_records": 2}
+    assert over == {"privacy": {"name": "record_gaussian", "epsilon": 1.0}, "partition": partition}
     assert base["partition"] == {"kind": "column", "column": "site"}
 
 

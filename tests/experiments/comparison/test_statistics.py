@@ -49,10 +49,8 @@ def test_holm_by_hand():
 
 
 def test_apply_holm_counts_every_tested_row_lines_too():
-    entries = {
-        label: paired_test(own, [1.0, 2.0, 3.0], "ref")
-        for label, own in {"a": [2.0, 4.0, 6.0], "b": [1.0, 2.1, 2.8], "local": [3.0, 2.0, 9.0]}.items()
-    }
+    figures = {"a": [2.0, 4.0, 6.0], "b": [1.0, 2.1, 2.8], "local": [3.0, 2.0, 9.0]}
+    entries = {label: paired_test(own, [1.0, 2.0, 3.0], "ref") for label, own in figures.items()}
     alone = holm({label: one.p for label, one in entries.items()})
     found = apply_holm({**entries, "ref": None})
     assert found["ref"] is None
@@ -85,11 +83,8 @@ def cell_result(method: str, seed: int, value: float) -> CellResult:
 def test_ranks_by_hand():
     """Ranks 1 2 3, 1.5 1.5 3, 2 1 3: sums 4.5, 4.5, 9. Friedman's statistic without ties would be 6; the one pair of ties
     divides by 1 - 6/72."""
-    table = {
-        "x": {"a": 0.9, "b": 0.8, "c": 0.7},
-        "y": {"a": 0.8, "b": 0.8, "c": 0.1},
-        "z": {"a": 0.5, "b": 0.6, "c": 0.4},
-    }
+    figures = ((0.9, 0.8, 0.7), (0.8, 0.8, 0.1), (0.5, 0.6, 0.4))
+    table = {task: dict(zip("abc", own, strict=True)) for task, own in zip("xyz", figures, strict=True)}
     ranks, friedman = mean_ranks(DataFrame(table).T, lambda task: False)
     assert ranks == {"a": 1.5, "b": 1.5, "c": 3.0}
     whole = 12 / (3 * 3 * 4) * (4.5**2 + 4.5**2 + 9**2) - 3 * 3 * 4

@@ -34,9 +34,8 @@ def run(folder: Path, clients: int = 12) -> Path:
     names = [HOSTILE, *(f"site-{i}" for i in range(1, clients))]
     folder.mkdir(parents=True)
     own, alone = result("ficpd", names, 0.8, 2.0), result("local", names, 0.75, 0.0)
-    own["fairness"]["worse_off_than_local"] = share_worse_off(
-        own["metrics"]["per_client"], alone["metrics"]["per_client"]
-    )
+    of_own, of_alone = own["metrics"]["per_client"], alone["metrics"]["per_client"]
+    own["fairness"]["worse_off_than_local"] = share_worse_off(of_own, of_alone)
     own |= {
         "clusters": {
             "member": {n: i % 2 for i, n in enumerate(names)}, "number": 2, "adjusted_rand": {"domain": 0.5, LABEL: None}
@@ -72,10 +71,8 @@ def write_result(folder: Path, one: Mapping[str, Any]) -> None:
 def rounds_of(number: int) -> list[Round]:
     """Scored but for the last, as a run is."""
     scored = {"own_accuracy": 0.7, "global_accuracy": 0.65}
-    return [
-        Round(r, 12, 11, {HOSTILE: "no reply"}, 1000, 2000, 1.5, 0.5, scored if r < number else {})
-        for r in range(1, number + 1)
-    ]
+    scores = {r: scored if r < number else {} for r in range(1, number + 1)}
+    return [Round(r, 12, 11, {HOSTILE: "no reply"}, 1000, 2000, 1.5, 0.5, found) for r, found in scores.items()]
 
 
 def result(method: str, names: list[str], accuracy: float, epsilon: float | None) -> dict[str, Any]:
@@ -146,9 +143,8 @@ def left(folder: Path, names: list[str]) -> None:
     card = {"backbone": {"name": "tiny"}, "tasks": {LABEL: {"name": "classification"}}}
     PromptLibrary(start, prompts, card, keys).save(folder / "library")
     shared = prompts["global"].vectors_PD
-    of_clients = {
-        f"offset/{n}": prompts[f"prototype-{i % 2}"].vectors_PD - shared + 0.3 * drawn(n) for i, n in enumerate(names)
-    }
+    ways = {n: prompts[f"prototype-{i % 2}"].vectors_PD - shared for i, n in enumerate(names)}
+    of_clients = {f"offset/{n}": way + 0.3 * drawn(n) for n, way in ways.items()}
     RunDir(folder).save(State({"global": shared, **of_clients}, {}), 0, rounds_of(3), {})
 
 
@@ -265,11 +261,5 @@ def summary(method: str, value: float, epsilon: float | None) -> dict[str, Any]:
 
 
 def against(difference: float, p: float) -> dict[str, Any]:
-    return {
-        "pairs": 3,
-        "difference": difference,
-        "interval": [difference - 0.02, difference + 0.02],
-        "p": p,
-        "p_holm": p,
-        "why": None,
-    }
+    interval = [difference - 0.02, difference + 0.02]
+    return {"pairs": 3, "difference": difference, "interval": interval, "p": p, "p_holm": p, "why": None}

@@ -162,9 +162,8 @@ def test_a_legend_names_the_methods_that_are_drawn(html):
 
 def test_a_comparison_says_who_beats_whom(compared):
     page = page_of(compared)
-    assert page.headline.startswith(
-        "ficpd beats fedavg (4 of 4); is not significantly different from zero_shot (4 of 4), "
-    )
+    said = "ficpd beats fedavg (4 of 4); is not significantly different from zero_shot (4 of 4), "
+    assert page.headline.startswith(said)
     tiles = page.lead[0]
     assert isinstance(tiles, KeyValues)
     assert {"tasks": "2", "partition": "1", "budgets": "2", "seeds": "3"}.items() <= dict(tiles.pairs).items()
@@ -217,9 +216,8 @@ def test_a_run_without_privacy_says_that_nothing_is_covered(tmp_path):
 
 
 def test_the_page_holds_its_results_as_files(folder):
-    (files,) = [
-        block for section in page_of(folder).sections for block in section.blocks if isinstance(block, Downloads)
-    ]
+    blocks = [block for section in page_of(folder).sections for block in section.blocks]
+    (files,) = [block for block in blocks if isinstance(block, Downloads)]
     assert RunResult.model_validate_json(files.files["result.json"]) == RunResult.load(folder)
     assert files.files["results.csv"].startswith("method,privacy,epsilon")
 
@@ -338,15 +336,12 @@ def test_a_comparison_has_tables_too(compared, tmp_path):
     assert found["latex"].read_text().count(r"\begin{tabular}") == 2
 
 
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        ([], "holds no run"),
-        (["experiment.toml"], "has not finished; go on with it (--resume)"),
-        (["result.json"], "result.json is of another version"),
-        (["compare.json"], "compare.json is of another version"),
-    ],
-)
+@pytest.mark.parametrize(("names", "words"), [
+    ([], "holds no run"),
+    (["experiment.toml"], "has not finished; go on with it (--resume)"),
+    (["result.json"], "result.json is of another version"),
+    (["compare.json"], "compare.json is of another version"),
+])  # fmt: skip
 def test_what_is_no_finished_run_is_said_so(tmp_path, names, words):
     for name in names:
         (tmp_path / name).write_text('{"schema": 99}' if name.endswith("json") else "")

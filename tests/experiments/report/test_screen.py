@@ -22,10 +22,8 @@ def printed(blocks, width=80) -> list[str]:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory) -> list[str]:
     folder = made_up.run(tmp_path_factory.mktemp("screen") / "run")
-    made_up.write_result(
-        folder / "baselines" / "fedavg-none",
-        made_up.result("fedavg", ["a", "b"], 0.7, None) | {"label": "fedavg, no privacy, and a long name"},
-    )
+    found = made_up.result("fedavg", ["a", "b"], 0.7, None) | {"label": "fedavg, no privacy, and a long name"}
+    made_up.write_result(folder / "baselines" / "fedavg-none", found)
     return printed(result_blocks(FinishedRun.load(folder)))
 
 

@@ -14,10 +14,8 @@ FORMULAS = ['=HYPERLINK("http://x")', "+1+cmd", "@SUM(A1)", "-2+3", "\t=1", " =1
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_cell_is_no_formula_in_a_spreadsheet(name):
-    tables = (
-        as_csv([Table(name, ["client", name], [[name, "-0.5"]])]),
-        safe_csv(pd.DataFrame([{name: name, "value": -0.5}])),
-    )
+    frame = pd.DataFrame([{name: name, "value": -0.5}])
+    tables = (as_csv([Table(name, ["client", name], [[name, "-0.5"]])]), safe_csv(frame))
     assert "\r" not in safe_csv(pd.DataFrame([{"a": "\r=1"}]))
     for text in tables:
         cells = [cell for row in csv.reader(io.StringIO(text, newline="")) for cell in row]

@@ -57,18 +57,13 @@ def test_the_standard_baselines_stand_beside_where_they_fit(tmp_path):
     small.run(tmp_path / "a", "fedavg", "baselines=auto", rounds=1)
     found = FinishedRun.load(tmp_path / "a" / "run").results
     assert {one.method for one in found} == {"zero_shot", "local", "linear_probe", "fedavg"}
-    assert RunDir(tmp_path / "a" / "run").resolved(small.experiment(tmp_path / "b")).baselines == (
-        "local",
-        "linear_probe",
-    )
+    resolved = RunDir(tmp_path / "a" / "run").resolved(small.experiment(tmp_path / "b"))
+    assert resolved.baselines == ("local", "linear_probe")
     assert "of 3 clients are worse off" in " ".join(verdict(found))
     given = small.experiment(tmp_path / "c", "fedavg", "baselines=auto", small.NUMBERS, rounds=1)
     small.numbered(tmp_path / "c" / "records.csv")
     run_experiment(given, tmp_path / "c" / "run")
     assert {one.method for one in FinishedRun.load(tmp_path / "c" / "run").results} == {"zero_shot", "local", "fedavg"}
     small.run(tmp_path / "d", "local", "baselines=auto", rounds=1)
-    assert {one.method for one in FinishedRun.load(tmp_path / "d" / "run").results} == {
-        "zero_shot",
-        "linear_probe",
-        "local",
-    }
+    methods = {one.method for one in FinishedRun.load(tmp_path / "d" / "run").results}
+    assert methods == {"zero_shot", "linear_probe", "local"}
