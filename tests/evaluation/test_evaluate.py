@@ -62,15 +62,12 @@ def test_each_client_counts_once_and_the_worst_is_the_worst():
     assert worst_client(numbers) == {"rmse": 3.0, "pearson": -0.5}
 
 
-@pytest.mark.parametrize(
-    ("score", "shown"),
-    [
-        ({"f1": 0.5, "accuracy": 0.8125}, "accuracy % 81.2"),
-        ({"pearson": 0.1, "rmse": 0.8125}, "rmse 0.812"),
-        ({"bleu": 41.26, "chrf": 60.0}, "bleu 41.3"),
-        ({"regret": 0.5}, "regret 0.500"),
-    ],
-)
+@pytest.mark.parametrize(("score", "shown"), [
+    ({"f1": 0.5, "accuracy": 0.8125}, "accuracy % 81.2"),
+    ({"pearson": 0.1, "rmse": 0.8125}, "rmse 0.812"),
+    ({"bleu": 41.26, "chrf": 60.0}, "bleu 41.3"),
+    ({"regret": 0.5}, "regret 0.500"),
+])  # fmt: skip
 def test_a_task_is_known_by_its_main_figure(score, shown):
     main = main_metric(score)
     assert f"{main.name}{main.unit} {main.shown(score[main.name])}" == shown

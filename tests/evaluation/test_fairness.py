@@ -68,9 +68,8 @@ def test_the_mean_lies_in_its_interval_about_as_often_as_is_said():
     held = 0
     for seed in range(100):
         drawn = random.normal(0.7, 0.1, 40)
-        low, high = over_clients({str(i): {"accuracy": v} for i, v in enumerate(drawn)}, seed)["accuracy"][
-            "mean_interval"
-        ]
+        figures = {str(i): {"accuracy": v} for i, v in enumerate(drawn)}
+        low, high = over_clients(figures, seed)["accuracy"]["mean_interval"]
         held += low <= 0.7 <= high
     assert 87 <= held <= 99
 
@@ -85,9 +84,8 @@ def test_worse_off_than_alone_is_strictly_worse_in_the_metrics_own_direction():
     assert found["accuracy"]["worse"] == ["b"]
     assert (found["accuracy"]["clients"], found["accuracy"]["share"]) == (3, pytest.approx(1 / 3))
     assert (found["rmse"]["worse"], found["rmse"]["clients"]) == (["a"], 2)
-    none = share_worse_off(
-        {str(i): {"accuracy": 0.5} for i in range(20)}, {str(i): {"accuracy": 0.5} for i in range(20)}
-    )
+    halves = {str(i): {"accuracy": 0.5} for i in range(20)}
+    none = share_worse_off(halves, dict(halves))
     assert none["accuracy"]["share"] == 0.0
     assert none["accuracy"]["interval"] == [0.0, pytest.approx(1.96**2 / (20 + 1.96**2), abs=1e-3)]  # Wilson's, by hand
     assert share_worse_off(own, {}) == {}
@@ -99,11 +97,8 @@ def drawn(labels: list[str], groups: list[str], number: int, seed: int = 0) -> t
     of = random.integers(len(groups), size=number)
     truths = random.choice(labels, number)
     wrong = random.random(number) < 0.1 + 0.15 * of
-    return (
-        [labels[0] if w else str(t) for w, t in zip(wrong, truths, strict=True)],
-        truths.tolist(),
-        [groups[i] for i in of],
-    )
+    answers = [labels[0] if w else str(t) for w, t in zip(wrong, truths, strict=True)]
+    return answers, truths.tolist(), [groups[i] for i in of]
 
 
 def test_the_gaps_by_hand():
@@ -111,10 +106,8 @@ def test_the_gaps_by_hand():
     answers = ["ill", "ill", "ill", "well", "well", "ill", "well", "well", "well"]
     truths = ["ill", "ill", "well", "well", "well", "well", "ill", "well", "well"]
     found = group_gaps(answers, truths, ["f"] * 5 + ["m"] * 4, 0)
-    assert {name: (g["records"], g["accuracy"]) for name, g in found["groups"].items()} == {
-        "f": (5, 0.8),
-        "m": (4, 0.5),
-    }
+    figures = {name: (g["records"], g["accuracy"]) for name, g in found["groups"].items()}
+    assert figures == {"f": (5, 0.8), "m": (4, 0.5)}
     assert found["few"] == ["f", "m"]
     assert found["groups"]["f"]["interval"][0] < 0.5 < found["groups"]["m"]["interval"][1]
     assert (found["accuracy"]["gap"], found["accuracy"]["between"]) == (pytest.approx(0.3), ["f", "m"])
@@ -129,12 +122,10 @@ def test_two_labels_agree_with_fairlearn():
     answers, truths, groups = drawn(["no", "yes"], ["a", "b", "c"], 300)
     found = group_gaps(answers, truths, groups, 0)
     told, true = ([text == "yes" for text in texts] for texts in (answers, truths))
-    assert found["demographic_parity"]["gap"] == pytest.approx(
-        demographic_parity_difference(true, told, sensitive_features=groups)
-    )
-    assert found["equalised_odds"]["gap"] == pytest.approx(
-        equalized_odds_difference(true, told, sensitive_features=groups)
-    )
+    expected = demographic_parity_difference(true, told, sensitive_features=groups)
+    assert found["demographic_parity"]["gap"] == pytest.approx(expected)
+    expected = equalized_odds_difference(true, told, sensitive_features=groups)
+    assert found["equalised_odds"]["gap"] == pytest.approx(expected)
     frame = MetricFrame(metrics=accuracy_score, y_true=truths, y_pred=answers, sensitive_features=groups)
     assert {name: g["accuracy"] for name, g in found["groups"].items()} == pytest.approx(frame.by_group.to_dict())
     assert found["accuracy"]["gap"] == pytest.approx(frame.difference())
@@ -147,14 +138,10 @@ def test_of_many_labels_the_one_with_the_largest_gap_is_named():
     labels = ["red", "green", "blue", "grey"]
     answers, truths, groups = drawn(labels, ["a", "b"], 400)
     found = group_gaps(answers, truths, groups, 0)
-    for key, measure in (
-        ("demographic_parity", demographic_parity_difference),
-        ("equalised_odds", equalized_odds_difference),
-    ):
-        each = {
-            label: measure([t == label for t in truths], [a == label for a in answers], sensitive_features=groups)
-            for label in labels
-        }
+    measures = {"demographic_parity": demographic_parity_difference, "equalised_odds": equalized_odds_difference}
+    for key, measure in measures.items():
+        sides = {label: ([t == label for t in truths], [a == label for a in answers]) for label in labels}
+        each = {label: measure(*side, sensitive_features=groups) for label, side in sides.items()}
         assert found[key]["gap"] == pytest.approx(max(each.values()))
         assert found[key]["label"] == max(each, key=each.__getitem__)
 
@@ -187,12 +174,8 @@ def test_a_perfect_answer_has_equalised_odds_and_no_demographic_parity_where_bas
 def test_a_group_without_a_label_is_no_group_that_never_has_it_right():
     answers = truths = ["ill", "well"] * 10 + ["well"] * 10
     groups = ["old"] * 20 + ["young"] * 10
-    assert (
-        equalized_odds_difference(
-            [t == "ill" for t in truths], [a == "ill" for a in answers], sensitive_features=groups
-        )
-        == 1
-    )
+    ill, said = [t == "ill" for t in truths], [a == "ill" for a in answers]
+    assert equalized_odds_difference(ill, said, sensitive_features=groups) == 1
     found = group_gaps(answers, truths, groups, 0)
     assert found["equalised_odds"]["gap"] == 0.0
     apart = group_gaps(["ill", "well"], ["ill", "well"], ["a", "b"], 0)
@@ -220,14 +203,10 @@ def test_clients_without_test_records_and_tasks_without_answers_to_choose_from()
     task, other = small.classes(), small.numbers()
     row = [Record("x row 1", {"text": "a", "target": "good", "sex": "f"})]
     number = [Record("y row 1", {"text": "a", "target": 2.0})]
-    clients = {
-        "a": SimpleNamespace(task=task, test=row),
-        "b": SimpleNamespace(task=task, test=[]),
-        "c": SimpleNamespace(task=other, test=number * 2),
-    }
-    found = over_groups(
-        {"a": ["bad"], "c": [1.0, 3.0]}, clients, {"one": task, "two": other, "none": small.classes()}, "sex", 0
-    )  # type: ignore[arg-type]
+    rows = {"a": (task, row), "b": (task, []), "c": (other, number * 2)}
+    clients = {name: SimpleNamespace(task=of, test=test) for name, (of, test) in rows.items()}
+    tasks = {"one": task, "two": other, "none": small.classes()}
+    found = over_groups({"a": ["bad"], "c": [1.0, 3.0]}, clients, tasks, "sex", 0)  # type: ignore[arg-type]
     assert found["one"]["groups"]["f"]["records"] == 1
     for name in ("two", "none"):
         assert (found[name]["groups"], "no test records" in found[name]["said"]) == ({}, True)
@@ -263,9 +242,8 @@ def test_a_run_says_who_is_served_how_well(tmp_path):
     groups = fairness.groups["classification"].groups
     assert sum(one.records for one in groups.values()) == result.num_records.test == 45
     pooled = sum(one.records * one.accuracy for one in groups.values()) / 45
-    assert pooled == pytest.approx(
-        metrics.global_prompt["accuracy"]
-    )  # fedavg: everybody's own prompt is the one of all
+    everybody = metrics.global_prompt["accuracy"]  # fedavg: everybody's own prompt is the one of all
+    assert pooled == pytest.approx(everybody)
     local = RunResult.load(tmp_path / "run" / "baselines" / "local")
     alone = local.scores.per_client
     worse = [n for n, own in metrics.per_client.items() if own["accuracy"] < alone[n]["accuracy"]]

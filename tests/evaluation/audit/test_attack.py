@@ -94,11 +94,8 @@ def test_a_readout_that_knows_its_members_is_attacked_through_the_librarys_answe
     changes = ("backbone.options={ width = 64 }", "data.max_records=50")
     run_experiment(parse(recipe, "small.toml", changes), tmp_path / "run")
     run = audit.open_run(tmp_path / "run", "cpu")
-    (shard,), (task,), vectors_PD = (
-        run.context.shards.values(),
-        run.context.tasks.values(),
-        run.context.start.vectors_PD,
-    )
+    (shard,), (task,) = run.context.shards.values(), run.context.tasks.values()
+    vectors_PD = run.context.start.vectors_PD
     batch = task.encode(shard.train, run.context.model.backbone, run.context.start)
     (answer,) = run.context.model.answer([Query(vectors_PD[None], batch, outputs=True)])
     wanted = 4.0 * torch.nn.functional.one_hot(batch.targets, 2).double()
@@ -112,9 +109,8 @@ def test_a_readout_that_knows_its_members_is_attacked_through_the_librarys_answe
 
 
 def test_a_private_run_that_releases_sums_alone_is_audited(tmp_path):
-    run = federation(
-        tmp_path, "privacy.name=record_gaussian", *NOISED, "task.tuned_head=false", "method.name=class_means", rounds=1
-    )
+    changes = (*NOISED, "task.tuned_head=false", "method.name=class_means")
+    run = federation(tmp_path, "privacy.name=record_gaussian", *changes, rounds=1)
     found = audit_run(run, canaries=0, shadows=1)
     assert found.mechanism is not None
     assert not found.alarm
@@ -143,10 +139,8 @@ def test_a_broken_mechanism_raises_the_alarm_and_status_3(tmp_path, unsound, fic
 
 def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, monkeypatch):
     """No privacy, and a prompt that learns its records: those whose coin fell heads score higher."""
-    run, guessed = (
-        audit.open_run(federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), "cpu"),
-        [],
-    )
+    folder, guessed = federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), []
+    run = audit.open_run(folder, "cpu")
     (shard,), start_SPD = run.context.shards.values(), run.context.start.vectors_PD[None]
     spare = [*shard.test, *loading.unsampled(run.context.experiment.data, 0)]
     pool = split_records(run.context.task, shard.train, spare, 1000, 0).pool
@@ -277,17 +271,11 @@ def test_mislabelled_records_have_another_label_and_numbers_are_mirrored():
 
 def test_where_texts_are_written_another_records_target_is_the_wrong_one():
     records = [Record(f"row {i}", {"text": f"colour {i}", "target": f"it is {i}"}) for i in range(4)]
-    wrong = audit.make_mislabelled_canaries(
-        generation.build(generation.Config()), records, {"one": ClientData(records, [], {})}, 0
-    )
+    task, one = generation.build(generation.Config()), {"one": ClientData(records, [], {})}
+    wrong = audit.make_mislabelled_canaries(task, records, one, 0)
     assert [r.fields["text"] for r in wrong] == [r.fields["text"] for r in records]
     assert [r.fields["target"] for r in wrong] == ["it is 1", "it is 2", "it is 3", "it is 0"]
-    assert (
-        audit.make_mislabelled_canaries(
-            generation.build(generation.Config()), records[:1], {"one": ClientData(records, [], {})}, 0
-        )
-        == []
-    )
+    assert audit.make_mislabelled_canaries(task, records[:1], one, 0) == []
 
 
 def test_planting_adds_and_takes_nothing_away():
@@ -301,9 +289,8 @@ def test_planting_adds_and_takes_nothing_away():
 def tuned(model, number: int, size: int = 12, seed: int = 0, batch_size: int = 8) -> torch.Tensor:
     task = small.classes()
     start, pool = small.start(model, task), small.records(20)
-    return shadow_prompts(
-        model, task, start, small.whole(start), small.TRAINING, pool, size, 4, batch_size, number, seed
-    )
+    given = (model, task, start, small.whole(start), small.TRAINING, pool)
+    return shadow_prompts(*given, size, 4, batch_size, number, seed)
 
 
 def test_each_shadow_has_records_and_a_stream_of_its_own(model):
@@ -402,21 +389,14 @@ def test_a_library_is_attacked_by_its_members(given_away, ficpd):
     assert (kept["num_members"], kept["mechanism"], kept["planted"]) == (40, None, None)
     assert "no stated ε to compare" in out
     assert "library-audit/audit.json" in out
-    assert {file.name for file in (given_away / "library").iterdir()} == {
-        "README.md",
-        "card.json",
-        "prompts.safetensors",
-    }
+    files = {file.name for file in (given_away / "library").iterdir()}
+    assert files == {"README.md", "card.json", "prompts.safetensors"}
 
 
 def test_members_and_others_come_together_and_differ(given_away, ficpd):
     one = ("audit", given_away / "library", "-c", "text=sentence", "--trained", given_away / "in.csv")
-    status, _, err = ficpd(*one)
-    assert status == 2
-    assert "--trained and --others together" in err
-    status, _, err = ficpd(*one, "--others", given_away / "in.csv")
-    assert status == 1
-    assert "0 distinct non-members" in err
+    assert "--trained and --others together" in ficpd(*one).said(2)
+    assert "0 distinct non-members" in ficpd(*one, "--others", given_away / "in.csv").said(1)
 
 
 def test_only_a_finished_run_is_audited(tmp_path, modest, ficpd):
@@ -425,9 +405,7 @@ def test_only_a_finished_run_is_audited(tmp_path, modest, ficpd):
     (tmp_path / "experiment.toml").write_bytes((modest / "experiment.toml").read_bytes())
     with pytest.raises(RunError, match="has not finished"):
         audit_run(tmp_path)
-    status, _, err = ficpd("audit", tmp_path)
-    assert status == 1
-    assert err.startswith(f"error: {tmp_path} has not finished")
+    assert ficpd("audit", tmp_path).said(1).startswith(f"error: {tmp_path} has not finished")
 
 
 @pytest.mark.parametrize("method", ["local", "zero_shot"])

@@ -128,15 +128,12 @@ def test_matched_labels_give_a_label_reader_nothing():
     assert unmatched.auc > 0.7
 
 
-@pytest.mark.parametrize(
-    ("score_N", "member_N", "says"),
-    [
-        ([1.0, 2.0, 3.0], [True, True, False], "2 members and 1 non-members"),
-        ([1.0, np.nan], [True, False], "score_N has shape .* finite"),
-        ([1.0, 2.0], [True, False, True], r"member_N is bool of shape \(3,\), expected bool of shape \(2,\)"),
-        ([1.0, 2.0], [1, 0], "member_N is int64"),
-    ],
-)
+@pytest.mark.parametrize(("score_N", "member_N", "says"), [
+    ([1.0, 2.0, 3.0], [True, True, False], "2 members and 1 non-members"),
+    ([1.0, np.nan], [True, False], "score_N has shape .* finite"),
+    ([1.0, 2.0], [True, False, True], r"member_N is bool of shape \(3,\), expected bool of shape \(2,\)"),
+    ([1.0, 2.0], [1, 0], "member_N is int64"),
+])  # fmt: skip
 def test_scores_that_do_not_fit_are_refused(score_N, member_N, says):
     with pytest.raises(PrivacyError, match=says):
         attack_metrics(score_N, member_N, seed=0)

@@ -137,18 +137,15 @@ def test_more_confidence_and_more_delta_say_less():
     assert one_run_bound(*run, 1e-4, confidence=0.99) < one_run_bound(*run, 1e-4) < one_run_bound(*run, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("call", "says"),
-    [
-        (lambda: two_world_bound([1.0], [1.0, 2.0], 0.0), "1 runs without and 2 with"),
-        (lambda: two_world_bound([1.0, np.inf], [1.0, 2.0], 0.0), "scores_without has shape"),
-        (lambda: two_world_bound([1.0, 2.0], [1.0, 2.0], 1.0), r"delta = 1.0.* expected \[0, 1\)"),
-        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, confidence=95), "confidence = 95"),
-        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0), "guesses = 0"),
-        (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, guesses=3), "guesses = 3"),
-        (lambda: one_run_bound([1.0, 2.0], [True], 0.0), "included is bool of shape"),
-    ],
-)
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: two_world_bound([1.0], [1.0, 2.0], 0.0), "1 runs without and 2 with"),
+    (lambda: two_world_bound([1.0, np.inf], [1.0, 2.0], 0.0), "scores_without has shape"),
+    (lambda: two_world_bound([1.0, 2.0], [1.0, 2.0], 1.0), r"delta = 1.0.* expected \[0, 1\)"),
+    (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, confidence=95), "confidence = 95"),
+    (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0), "guesses = 0"),
+    (lambda: one_run_bound([1.0, 2.0], [True, False], 0.0, guesses=3), "guesses = 3"),
+    (lambda: one_run_bound([1.0, 2.0], [True], 0.0), "included is bool of shape"),
+])  # fmt: skip
 def test_what_does_not_fit_is_refused(call, says):
     with pytest.raises(PrivacyError, match=says):
         call()

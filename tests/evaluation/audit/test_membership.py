@@ -125,21 +125,18 @@ def test_tensors_are_taken():
     assert np.array_equal(lira(AttackData(**tensors)), lira(given))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "says"),
-    [
-        ("shadow_SN", np.ones((3, 5)), r"shadow_SN has shape \(3, 5\), expected .*\(3, 6\)"),
-        ("shadow_SN", np.ones(6), r"shadow_SN has shape \(6,\), expected .*\(6, 6\)"),
-        ("shadow_SN", np.ones((0, 6)), r"shadow_SN has shape \(0, 6\)"),
-        ("shadow_SZ", np.ones((2, 4)), r"shadow_SZ has shape \(2, 4\), expected .*\(3, 4\)"),
-        ("population_Z", np.ones(0), r"population_Z has shape \(0,\)"),
-        ("member_N", np.ones(5, bool), r"member_N is bool of shape \(5,\)"),
-        ("member_N", np.ones(6), "member_N is float64 .*expected bool"),
-        ("target_N", np.ones((6, 1)), r"target_N has shape \(6, 1\), expected .*\(6,\)"),
-        ("target_N", np.array([1, 2, 3, np.nan, 5, 6]), "target_N .* expected finite"),
-        ("population_Z", np.array([1.0, -0.2, 1, 1]), "population_Z holds a loss of -0.2.*likelihood=False"),
-    ],
-)
+@pytest.mark.parametrize(("field", "value", "says"), [
+    ("shadow_SN", np.ones((3, 5)), r"shadow_SN has shape \(3, 5\), expected .*\(3, 6\)"),
+    ("shadow_SN", np.ones(6), r"shadow_SN has shape \(6,\), expected .*\(6, 6\)"),
+    ("shadow_SN", np.ones((0, 6)), r"shadow_SN has shape \(0, 6\)"),
+    ("shadow_SZ", np.ones((2, 4)), r"shadow_SZ has shape \(2, 4\), expected .*\(3, 4\)"),
+    ("population_Z", np.ones(0), r"population_Z has shape \(0,\)"),
+    ("member_N", np.ones(5, bool), r"member_N is bool of shape \(5,\)"),
+    ("member_N", np.ones(6), "member_N is float64 .*expected bool"),
+    ("target_N", np.ones((6, 1)), r"target_N has shape \(6, 1\), expected .*\(6,\)"),
+    ("target_N", np.array([1, 2, 3, np.nan, 5, 6]), "target_N .* expected finite"),
+    ("population_Z", np.array([1.0, -0.2, 1, 1]), "population_Z holds a loss of -0.2.*likelihood=False"),
+])  # fmt: skip
 def test_evidence_that_does_not_fit_is_refused(field, value, says):
     good = AttackData(np.ones(6), np.ones((3, 6)), np.ones(6, bool), np.ones(4), np.ones((3, 4)))
     with pytest.raises(PrivacyError, match=says):
