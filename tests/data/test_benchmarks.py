@@ -77,14 +77,11 @@ def test_medqa_has_four_or_five_options(tmp_path):
     assert task.targets(load_all(Config(source=str(path), layout="medqa"))) == [1, 4, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"answer_idx": "F"}, "the answer 'F' is none of the options A, B, C, D"),
-        ({"answer_idx": None, "answer": None}, r"the answer None .*official test files have no answers"),
-        ({"options": "A or B"}, "options 'A or B' are no mapping of letters to texts"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "says"), [
+    ({"answer_idx": "F"}, "the answer 'F' is none of the options A, B, C, D"),
+    ({"answer_idx": None, "answer": None}, r"the answer None .*official test files have no answers"),
+    ({"options": "A or B"}, "options 'A or B' are no mapping of letters to texts"),
+])  # fmt: skip
 def test_what_is_no_medqa(tmp_path, wrong, says):
     with pytest.raises(DataError, match=r"a\.jsonl row 2: " + says):
         fields(jsonl(tmp_path / "a.jsonl", MEDQA, MEDQA | wrong), "medqa")
@@ -112,9 +109,8 @@ def test_medmcqa_counts_options_as_the_whole_file_does(tmp_path, given, places):
 def test_medmcqa_that_counts_from_nowhere_is_refused(tmp_path):
     for given in ([1, 2, 3], [0, 4, 1]):
         rows = [MEDMCQA | {"cop": cop} for cop in given]
-        assert "does not tell whether the first option is 0 or 1" in refused(
-            jsonl(tmp_path / "a.json", *rows), "medmcqa"
-        )
+        said = refused(jsonl(tmp_path / "a.json", *rows), "medmcqa")
+        assert "does not tell whether the first option is 0 or 1" in said
     rows = [MEDMCQA | {"cop": cop} for cop in (1, 4, 7)]
     assert "a.json row 3: cop 7 names no option" in refused(jsonl(tmp_path / "a.json", *rows), "medmcqa")
 
@@ -134,10 +130,8 @@ def test_medmcqa_by_subject_becomes_clients(tmp_path):
     rows = [MEDMCQA | {"subject_name": ["Skin", "ENT"][i % 2], "cop": 1 + i % 4} for i in range(20)]
     config = Config(source=str(jsonl(tmp_path / "dev.json", *rows)), layout="medmcqa")
     shards = partition(Partition(kind="column", column="subject"), load(config, 0), "target", 0)
-    assert {name: shard.metadata for name, shard in shards.items()} == {
-        "ENT": {"subject": "ENT"},
-        "Skin": {"subject": "Skin"},
-    }
+    cards = {name: shard.metadata for name, shard in shards.items()}
+    assert cards == {"ENT": {"subject": "ENT"}, "Skin": {"subject": "Skin"}}
 
 
 def test_pubmedqa_is_one_object(tmp_path):
@@ -160,15 +154,12 @@ def test_json_is_a_list_or_lines(tmp_path, form):
     assert [(r.key, r.fields["target"]) for r in found] == [("a.json row 1", 1), ("a.json row 2", 2)]
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "no rows"),
-        ("[]", "no rows"),
-        ("[1]", "no table; expected a list of objects"),
-        ('[{"a":', "line 1: not JSON"),
-    ],
-)
+@pytest.mark.parametrize(("text", "says"), [
+    ("", "no rows"),
+    ("[]", "no rows"),
+    ("[1]", "no table; expected a list of objects"),
+    ('[{"a":', "line 1: not JSON"),
+])  # fmt: skip
 def test_json_that_is_no_table(tmp_path, text, says):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=r"a\.json:? " + says):
@@ -222,10 +213,12 @@ def test_dev_as_train_is_not_only_for_layouts(tmp_path):
 
 def test_xnli_has_a_header_in_one_file_and_literal_quotes(tmp_path):
     line = 'He said "no\tHe spoke"\tcontradictory'
-    write(
-        tmp_path,
-        **{"multinli.train.en.tsv": f"premise\thypo\tlabel\n{line}\n", "sw.dev": f"{line}\n", "sw.test": f"{line}\r\n"},
-    )
+    files = {
+        "multinli.train.en.tsv": f"premise\thypo\tlabel\n{line}\n",
+        "sw.dev": f"{line}\n",
+        "sw.test": f"{line}\r\n",
+    }
+    write(tmp_path, **files)
     data = load(Config(source=str(tmp_path), layout="xglue-xnli", dev_as_train=True), 0)
     expected = {"text": 'He said "no', "text_pair": 'He spoke"', "target": "contradiction"}
     assert [dict(r.fields) for r in data.train] == [expected | {"lang": "en"}, expected | {"lang": "sw"}]
@@ -244,9 +237,8 @@ def test_pawsx_lies_in_a_folder_for_each_language(tmp_path):
         },
     )
     data = load(Config(source=str(tmp_path), layout="xglue-pawsx"), 0)
-    assert [dict(r.fields) for r in data.train] == [
-        {"text": "one", "text_pair": "two", "target": "different", "lang": "en"}
-    ]
+    (record,) = data.train
+    assert dict(record.fields) == {"text": "one", "text_pair": "two", "target": "different", "lang": "en"}
     assert [dict(r.fields) for r in data.test] == [{"text": "eins", "text_pair": "ein", "target": "same", "lang": "de"}]
     assert data.test[0].key == "de/test_2k.tsv row 1"
 
@@ -275,22 +267,16 @@ def test_texts_and_their_targets_lie_side_by_side(tmp_path, task):
     assert f"there is no xglue.{task}.fr.tgt.test in its folder" in refused(tmp_path, f"xglue-{task}")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        (
-            "xglue.nc.en.dev",
-            "title\tbody\tsports\ntitle\tsports\n",
-            "line 2: 2 columns, not 3 .* a pair column or the label",
-        ),
-        ("xglue.nc.en.dev", "title\tbody\tsports\tmore\n", "line 1: 4 columns, not 3"),
-        ("xglue.nc.en.dev", "title\tbody\tsport\n", "row 1: unknown label 'sport'; did you mean 'sports'"),
-        ("xglue.nc.en.dev", "", "no rows"),
-        ("xglue.nc.it.dev", "title\tbody\tsports\n", "unknown language 'it'"),
-        ("xglue.nc.en.test", "title\t \tsports\n", "row 1, column 'text_pair': is empty"),
-        ("xglue.qam.en.dev", "x", "holds no file of XGLUE's NC"),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "says"), [
+    ("xglue.nc.en.dev", "title\tbody\tsports\ntitle\tsports\n",
+     "line 2: 2 columns, not 3 .* a pair column or the label"),
+    ("xglue.nc.en.dev", "title\tbody\tsports\tmore\n", "line 1: 4 columns, not 3"),
+    ("xglue.nc.en.dev", "title\tbody\tsport\n", "row 1: unknown label 'sport'; did you mean 'sports'"),
+    ("xglue.nc.en.dev", "", "no rows"),
+    ("xglue.nc.it.dev", "title\tbody\tsports\n", "unknown language 'it'"),
+    ("xglue.nc.en.test", "title\t \tsports\n", "row 1, column 'text_pair': is empty"),
+    ("xglue.qam.en.dev", "x", "holds no file of XGLUE's NC"),
+])  # fmt: skip
 def test_what_is_no_file_of_xglue(tmp_path, name, text, says):
     write(tmp_path, **{name: text})
     with pytest.raises(DataError, match=says):

@@ -156,14 +156,11 @@ def csv(place: Path, *cells: str) -> Config:
     return Config(source=str(place / "table.csv"), columns=COLUMNS)
 
 
-@pytest.mark.parametrize(
-    ("cell", "words"),
-    [
-        ("b.png", r"table.csv row 2, file .*b.png: no image that can be read \(FileNotFoundError"),
-        ("notes.png", r"table.csv row 2, file .*notes.png: .*UnidentifiedImageError.*save it again as PNG or JPEG"),
-        ("", "table.csv row 2, column 'image': is empty; expected an image"),
-    ],
-)
+@pytest.mark.parametrize(("cell", "words"), [
+    ("b.png", r"table.csv row 2, file .*b.png: no image that can be read \(FileNotFoundError"),
+    ("notes.png", r"table.csv row 2, file .*notes.png: .*UnidentifiedImageError.*save it again as PNG or JPEG"),
+    ("", "table.csv row 2, column 'image': is empty; expected an image"),
+])  # fmt: skip
 def test_a_row_without_an_image_is_named_when_the_data_are_read(tmp_path, cell, words):
     drawn(0).save(tmp_path / "a.png")
     (tmp_path / "notes.png").write_text("no image")

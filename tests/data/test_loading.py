@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -203,40 +204,81 @@ def test_unused_rows_are_checked_too(tmp_path):
         unsampled(Config(source=str(path), max_records=2), 0)
 
 
-def test_one_row_cannot_be_split(tmp_path):
-    assert "no train records among 1" in refused(csv(tmp_path / "a.csv", ROWS[:1]))
+def parquet(**columns: list) -> bytes:
+    return pd.DataFrame(columns).to_parquet()
 
 
-def test_an_unknown_split_names_its_row(tmp_path):
-    rows = [*ROWS[:2], ROWS[2] | {"part": "later"}]
-    message = refused(csv(tmp_path / "a.csv", [{"part": "train"} | row for row in rows]), split_column="part")
-    assert "a.csv row 3, column 'part': 'later' is no split; expected one of train, test" in message
+def targeted(*values: object) -> str:
+    return "".join(json.dumps({"text": "x", "target": value}) + "\n" for value in values)
 
 
-def test_a_missing_column_is_named_with_the_nearest(tmp_path):
-    message = refused(csv(tmp_path / "a.csv"), columns={"text": "txt", "target": "target"})
-    assert "a.csv: unknown column 'txt'; did you mean 'text'? Known: site, target, text" in message
-    assert "unknown column 'ward'" in refused(csv(tmp_path / "a.csv"), keep=("ward",))
-    assert "unknown column 'part'" in refused(csv(tmp_path / "a.csv"), split_column="part")
+def table(rows: list[dict]) -> str:
+    return pd.DataFrame(rows).to_csv(index=False)
 
 
-def test_mixed_targets_name_the_first_odd_row(tmp_path):
-    rows = [{"text": "x", "target": i} for i in range(20)]
-    rows[16]["target"] = rows[18]["target"] = "good"
-    message = refused(jsonl(tmp_path / "a.jsonl", rows))
-    assert "a.jsonl row 17, column 'target': 'good' is text, but 18 other rows hold a number" in message
+UNKNOWN = "a.csv: unknown column 'txt'; did you mean 'text'? Known: site, target, text"
+KINDS = "b.csv row 1, column 'target': 'one' is text, but 3 other rows hold a number"
+COLUMNS_DIFFER = "b.csv and a.csv have different columns (site only in one of them)"
+PARTS = [{"part": part} | row for part, row in zip(("train", "train", "later"), ROWS[:3], strict=True)]
+NUMBERS = [float(i) if i not in (16, 18) else "good" for i in range(20)]
 
 
-@pytest.mark.parametrize(("odd", "usual"), [("3", 3), (3, "3"), (True, 1), (False, "no")])
-def test_json_kinds_do_not_mix(tmp_path, odd, usual):
-    path = jsonl(tmp_path / "a.jsonl", [{"text": "x", "target": value} for value in (usual, usual, odd)])
-    assert f"a.jsonl row 3, column 'target': {odd!r} is" in refused(path)
+@pytest.mark.parametrize(("content", "says"), [
+    (table(ROWS[:1]), "no train records among 1"),
+    ("", "a.csv: no rows"),
+    ("text,target\n", "a.csv: no rows"),
+    ("text,target\nx,1,2\n", "a.csv row 1: 3 cells, expected 2"),
+    ("text,target\nx,1\ny,1,2\n", "a.csv row 2: 3 cells, expected 2"),
+    ("text,target\n\nx,1\ny\n", "a.csv row 2: 1 cells, expected 2"),
+    ('text,target\n"x,1\ny,2\n', "a.csv row 1: unexpected end of data"),
+    ('text,target\nx,1\n"so" she said,2\n', "a.csv row 2: ',' expected after '\"'"),
+    ('"text,target\nx,1\n', "a.csv header: unexpected end of data"),
+    ("text,target\nfine,1\ncafé,2\n".encode("latin-1"), "a.csv line 3: byte 22 (0xe9) is not UTF-8"),
+    ("\n\n", "a.jsonl: no rows"),
+    (targeted(1) + "\n{oops\n", "a.jsonl line 3: not JSON"),
+    (targeted(1) + "\n[1, 2]\n", "a.jsonl line 3: [1, 2] is no object"),
+    ('{"text": 5, "target": 1}\n', "a.jsonl row 1, column 'text': holds 5; expected text"),
+    (targeted(*NUMBERS), "a.jsonl row 17, column 'target': 'good' is text, but 18 other rows hold a number"),
+    *(
+        (targeted(1.5, odd), f"a.jsonl row 2, column 'target': {odd!r} cannot be a target")
+        for odd in ([1], {"a": 1})
+    ),
+    (targeted(1.5, float("inf")), "a.jsonl row 2, column 'target': inf cannot be a target"),
+    (targeted(3, 3, "3"), "a.jsonl row 3, column 'target': '3' is"),
+    (targeted("3", "3", 3), "a.jsonl row 3, column 'target': 3 is"),
+    (targeted(1, 1, True), "a.jsonl row 3, column 'target': True is"),
+    (targeted("no", "no", False), "a.jsonl row 3, column 'target': False is"),
+    (parquet(text=["a", "b"], target=[1.0, float("nan")]), "a.parquet row 2, column 'target': is missing"),
+    (parquet(text=[], target=[]), "a.parquet: no rows"),
+    (parquet(text=["a"] * 9, target=["b"] * 9)[:-30], "a.parquet: no whole Parquet file"),
+    ("x", "a.xlsx: unknown ending '.xlsx'; save it as one of .csv, .tsv, .jsonl"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_names_its_row(tmp_path, content, says):
+    endings = re.findall(r"a\.(\w+)", says)
+    path = tmp_path / f"a.{endings[0] if endings else 'csv'}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert says in refused(path)
 
 
-def test_targets_of_two_files_do_not_mix(tmp_path):
-    jsonl(tmp_path / "a.jsonl", [{"text": "x", "target": 1}] * 3)
-    csv(tmp_path / "b.csv", [{"text": "x", "target": "one"}] * 2)
-    assert "b.csv row 1, column 'target': 'one' is text, but 3 other rows hold a number" in refused(tmp_path)
+@pytest.mark.parametrize(("rows", "options", "says"), [
+    (PARTS, {"split_column": "part"}, "a.csv row 3, column 'part': 'later' is no split; expected one of train, test"),
+    (ROWS, {"columns": {"text": "txt", "target": "target"}}, UNKNOWN),
+    (ROWS, {"keep": ("ward",)}, ": unknown column 'ward'"),
+    (ROWS, {"split_column": "part"}, ": unknown column 'part'"),
+])  # fmt: skip
+def test_a_column_or_a_split_that_is_not_there_is_named_with_the_nearest(tmp_path, rows, options, says):
+    assert says in refused(csv(tmp_path / "a.csv", rows), **options)
+    assert "unknown column 'score'" in refused("ratings", columns={"text": "text", "target": "score"})
+
+
+@pytest.mark.parametrize(("a", "b", "says"), [
+    ({"a.jsonl": targeted(1, 1, 1)}, {"b.csv": "text,target\nx,one\n"}, KINDS),
+    ({"a.csv": table(ROWS)}, {"b.csv": "text,target\nx,1\n"}, COLUMNS_DIFFER),
+])  # fmt: skip
+def test_files_of_a_folder_need_the_same_columns_and_kinds_of_targets(tmp_path, a, b, says):
+    for name, text in (a | b).items():
+        (tmp_path / name).write_text(text)
+    assert says in refused(tmp_path)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), "", "  "])
@@ -244,17 +286,6 @@ def test_a_missing_target_names_its_row(tmp_path, missing):
     rows = [{"text": "x", "target": value} for value in (1, missing, 2)]
     for path in (csv(tmp_path / "a.csv", rows), jsonl(tmp_path / "a.jsonl", rows)):
         assert f"{path.name} row 2, column 'target': is missing" in refused(path)
-
-
-def test_a_nan_in_parquet_is_a_missing_target(tmp_path):
-    pd.DataFrame({"text": ["a", "b"], "target": [1.0, float("nan")]}).to_parquet(tmp_path / "a.parquet")
-    assert "a.parquet row 2, column 'target': is missing" in refused(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize("target", [[1], {"a": 1}, float("inf")])
-def test_what_cannot_be_a_target(tmp_path, target):
-    path = jsonl(tmp_path / "a.jsonl", [{"text": "x", "target": 1.5}, {"text": "x", "target": target}])
-    assert f"a.jsonl row 2, column 'target': {target!r} cannot be a target" in refused(path)
 
 
 @pytest.mark.parametrize("role", ["text", "text_pair"])
@@ -266,27 +297,6 @@ def test_an_empty_text_names_its_row(tmp_path, role, text):
         assert f"{path.name} row 2, column {role!r}: is empty" in refused(path, columns=columns)
 
 
-def test_a_text_that_is_a_number(tmp_path):
-    message = refused(jsonl(tmp_path / "a.jsonl", [{"text": 5, "target": 1}]))
-    assert "a.jsonl row 1, column 'text': holds 5; expected text" in message
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.csv", ""), ("a.csv", "text,target\n"), ("a.jsonl", "\n\n")])
-def test_a_file_without_rows(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    assert f"{name}: no rows" in refused(tmp_path / name)
-
-
-def test_a_parquet_file_without_rows(tmp_path):
-    pd.DataFrame({"text": [], "target": []}).to_parquet(tmp_path / "a.parquet")
-    assert "a.parquet: no rows" in refused(tmp_path / "a.parquet")
-
-
-def test_an_unknown_ending(tmp_path):
-    (tmp_path / "a.xlsx").write_text("x")
-    assert "a.xlsx: unknown ending '.xlsx'; save it as one of .csv, .tsv, .jsonl" in refused(tmp_path / "a.xlsx")
-
-
 def test_no_such_file_and_a_folder_without_tables(tmp_path):
     assert "no file or folder" in refused(tmp_path / "missing.csv")
     assert "'ratings'" in refused("ratngs")
@@ -294,58 +304,14 @@ def test_no_such_file_and_a_folder_without_tables(tmp_path):
     assert "holds no file ending in .csv" in refused(tmp_path)
 
 
-def test_a_truncated_parquet_file(tmp_path):
-    path = tmp_path / "a.parquet"
-    pd.DataFrame(ROWS).to_parquet(path)
-    path.write_bytes(path.read_bytes()[:-30])
-    assert "a.parquet: no whole Parquet file" in refused(path)
-
-
-def test_a_csv_that_is_not_utf8_names_the_byte(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes("text,target\nfine,1\ncafé,2\n".encode("latin-1"))
-    assert "a.csv line 3: byte 22 (0xe9) is not UTF-8" in refused(path)
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("text,target\nx,1,2\n", "row 1: 3 cells, expected 2"),
-        ("text,target\nx,1\ny,1,2\n", "row 2: 3 cells, expected 2"),
-        ("text,target\n\nx,1\ny\n", "row 2: 1 cells, expected 2"),
-        ('text,target\n"x,1\ny,2\n', "row 1: unexpected end of data"),
-        ('text,target\nx,1\n"so" she said,2\n', "row 2: ',' expected after '\"'"),
-        ('"text,target\nx,1\n', "header: unexpected end of data"),
-    ],
-)
-def test_a_csv_whose_rows_do_not_fit(tmp_path, content, says):
-    (tmp_path / "a.csv").write_text(content)
-    assert f"a.csv {says}" in refused(tmp_path / "a.csv")
-
-
-@pytest.mark.parametrize(("line", "says"), [("{oops", "not JSON"), ("[1, 2]", "[1, 2] is no object")])
-def test_a_broken_json_line_is_named(tmp_path, line, says):
-    (tmp_path / "a.jsonl").write_text('{"text": "x", "target": 1}\n\n' + line + "\n")
-    assert f"a.jsonl line 3: {says}" in refused(tmp_path / "a.jsonl")
-
-
-def test_files_of_a_folder_need_the_same_columns(tmp_path):
-    csv(tmp_path / "a.csv")
-    csv(tmp_path / "b.csv", [{"text": "x", "target": 1}])
-    assert "b.csv and a.csv have different columns (site only in one of them)" in refused(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"columns": {"txt": "text"}},
-        {"keep": ("target",), "columns": {"text": "text", "target": "label"}},
-        {"test_fraction": 0},
-        {"test_fraction": 1},
-        {"max_records": 1},
-        {"sauce": "x"},
-    ],
-)
+@pytest.mark.parametrize("wrong", [
+    {"columns": {"txt": "text"}},
+    {"keep": ("target",), "columns": {"text": "text", "target": "label"}},
+    {"test_fraction": 0},
+    {"test_fraction": 1},
+    {"max_records": 1},
+    {"sauce": "x"},
+])  # fmt: skip
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Config(**({"source": "ratings"} | wrong))
@@ -424,10 +390,6 @@ def test_polarity_is_the_sign_beyond_a_half():
     assert [built_in._rated("tweets", f"1\t{r}\tx")["polarity"] for r in (-4, -0.5, 0, 0.5, 0.51)] == [
         "negative", None, None, None, "positive",
     ]  # fmt: skip
-
-
-def test_ratings_know_their_columns():
-    assert "unknown column 'score'" in refused("ratings", columns={"text": "text", "target": "score"})
 
 
 @pytest.fixture

@@ -22,9 +22,8 @@ HIDDEN = {
     ".DS_Store": b"\x00\x01Bud1", "Thumbs.db": b"\xd0\xcf", "notes.txt": b"about", ".x.png": b"no image",
 }  # fmt: skip
 """Files that a folder may hold beside its records."""
-FOLDER = st.text(min_size=1, max_size=6).filter(
-    lambda n: n.strip() and not n.startswith(".") and not set(n) & {"/", "\0"}
-)
+SHOWN = st.text(min_size=1, max_size=6)
+FOLDER = SHOWN.filter(lambda n: n.strip() and not n.startswith(".") and not set(n) & {"/", "\0"})
 """Names of folders. Those of one label differ by more than case, which a file system may not keep."""
 
 

@@ -140,26 +140,6 @@ def test_a_file_that_the_system_refuses_says_why(tmp_path, monkeypatch):
     assert refused(path) == "a.csv: Permission denied; choose a place that this user may read and write"
 
 
-def twice(path: Path, name: str = "text") -> Path:
-    other = ({"text", "target"} - {name}).pop()
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 3, names=[name, name, other]), path)
-    elif path.suffix == ".csv":
-        path.write_text(f"{name},{name},{other}\na,b,c\n")
-    else:
-        path.write_text(f'{{"{name}": "a", "{name}": "b", "{other}": "c"}}\n')
-    return path
-
-
-@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
-def test_two_columns_of_one_name_are_refused_where_they_are_read(tmp_path, ending):
-    path = twice(tmp_path / f"a.{ending}")
-    assert path.name in refused(path)
-    assert "twice" in refused(path) or "two columns are called 'text'" in refused(path)
-    if ending != "jsonl":
-        assert len(fields(path, columns={"text": "target"})) == 1
-
-
 def test_columns_without_name_and_content_are_no_columns(tmp_path):
     (tmp_path / "a.csv").write_text("text;target;;\nx;a;;\ny;b; ;\n")
     (table,) = read_files(tmp_path / "a.csv")
@@ -182,24 +162,6 @@ def test_a_column_that_nobody_asked_for_does_no_harm(tmp_path):
     assert fields(tmp_path / "a.parquet") == ROWS
     for name in odd:
         assert f"a.parquet, column {name!r}: cannot be read" in refused(tmp_path / "a.parquet", keep=(name,))
-
-
-def test_the_names_of_classes_in_a_parquet_file(tmp_path):
-    kind = datasets.ClassLabel(names=["no", "yes"])
-    features = datasets.Features({"text": datasets.Value("string"), "target": kind})
-    made = datasets.Dataset.from_dict({"text": ["x", "y"], "target": [1, 0]}, features=features)
-    made.to_parquet(tmp_path / "a.parquet")
-    assert [row["target"] for row in fields(tmp_path / "a.parquet")] == ["yes", "no"]
-    datasets.Dataset.from_dict({"text": ["x"], "target": [-1]}, features=features).to_parquet(tmp_path / "b.parquet")
-    assert "b.parquet row 1, column 'target': is missing" in refused(tmp_path / "b.parquet")
-
-
-def test_hidden_files_and_locks_are_passed_over(tmp_path):
-    written(tmp_path / "data.csv", ROWS)
-    written(tmp_path / ".data.csv", [{"text": "old", "target": "bad"}])
-    (tmp_path / "._data.csv").write_bytes(b"\x00\x05\x16\x07\xb0")
-    (tmp_path / "~$data.csv").write_bytes(b"\xff\xfe lock")
-    assert fields(tmp_path) == ROWS
 
 
 def test_hidden_tables_do_not_make_a_folder_of_images_one_of_tables(tmp_path):
@@ -244,27 +206,23 @@ def test_a_number_beyond_all_numbers_is_no_target(tmp_path, number):
 
 
 def test_half_a_sign_is_replaced(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "fine \\ud83d day", "target": "\\ud83d\\ude00", "o": ["\\ud83d", "b"]}\n'
-    )
+    row = '{"text": "fine \\ud83d day", "target": "\\ud83d\\ude00", "o": ["\\ud83d", "b"]}\n'
+    (tmp_path / "a.jsonl").write_text(row)
     read = fields(tmp_path / "a.jsonl", columns={"text": "text", "target": "target", "options": "o"})
     assert read == [{"text": "fine � day", "target": "😀", "options": ["�", "b"]}]
     (record,) = read_records([{"text": "caf\udce9"}], labelled=False)
     assert record.fields["text"] == "caf�"
 
 
-@pytest.mark.parametrize(
-    ("labels", "targets"),
-    [
-        (("true", "false"), (True, False)),
-        (("True", "False"), (True, False)),
-        (("True", "False"), ("TRUE", "false")),
-        (("1", "0"), (1.0, 0.0)),
-        (("1", "0"), ("1.0", "0.0")),
-        (("pos", "neg"), (" pos", "neg ")),
-        (("1.0", "1"), (1.0, 1)),
-    ],
-)
+@pytest.mark.parametrize(("labels", "targets"), [
+    (("true", "false"), (True, False)),
+    (("True", "False"), (True, False)),
+    (("True", "False"), ("TRUE", "false")),
+    (("1", "0"), (1.0, 0.0)),
+    (("1", "0"), ("1.0", "0.0")),
+    (("pos", "neg"), (" pos", "neg ")),
+    (("1.0", "1"), (1.0, 1)),
+])  # fmt: skip
 def test_a_label_is_found_as_it_may_be_spelled(labels, targets):
     task = classification.build(classification.Config(labels=dict.fromkeys(labels, "word")))
     records = [Record(f"row {i}", {"text": "x", "target": target}) for i, target in enumerate(targets)]
@@ -272,9 +230,8 @@ def test_a_label_is_found_as_it_may_be_spelled(labels, targets):
 
 
 def test_labels_that_differ_by_blanks_are_one_label():
-    records = [
-        Record(f"row {i}", {"text": "x", "target": t}) for i, t in enumerate(("mild", " mild", "severe", "severe "))
-    ]
+    targets = ("mild", " mild", "severe", "severe ")
+    records = [Record(f"row {i}", {"text": "x", "target": t}) for i, t in enumerate(targets)]
     session = type("Opened", (), {"tasks": {}, "library": type("Card", (), {"card": {}})})()
     found = resolve_task(session, records, None, {}, None)
     assert list(found.task.label_space) == ["mild", "severe"]
@@ -301,12 +258,6 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def spoil(path: Path, fault: str, at: int) -> None:
-    """Cuts the last `at` bytes of a file, or puts a byte into it that is not UTF-8."""
-    content = path.read_bytes()
-    path.write_bytes(content[:-at] if fault == "cut" else content[:at] + b"\xff" + content[at:])
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(table=tables())
 def test_the_same_records_or_a_sentence_that_names_file_and_row(tmp_path, table):
@@ -324,7 +275,8 @@ def test_the_same_records_or_a_sentence_that_names_file_and_row(tmp_path, table)
         compressed(path, text.encode(encoding))
         place += fault == "short"
     elif (fault == "cut" and (whole or kind == "json")) or (fault == "byte" and not whole):
-        spoil(path, fault, min(table["amount"], path.stat().st_size - 1))
+        content, at = path.read_bytes(), min(table["amount"], path.stat().st_size - 1)
+        path.write_bytes(content[:-at] if fault == "cut" else content[:at] + b"\xff" + content[at:])
     elif fault != "blank":
         fault = "none"
     options = {"encoding": encoding, "separator": separator}

@@ -15,10 +15,8 @@ DOMAINS = ("tweets", "films", "products")
 
 
 def records(side: str, number: int, targets=("no", "yes")) -> list[Record]:
-    return [
-        Record(f"{side} {i}", {"domain": DOMAINS[i % 3], "target": targets[(i // 3) % len(targets)]})
-        for i in range(number)
-    ]
+    rows = [{"domain": DOMAINS[i % 3], "target": targets[(i // 3) % len(targets)]} for i in range(number)]
+    return [Record(f"{side} {i}", row) for i, row in enumerate(rows)]
 
 
 def data(train: int = 600, test: int = 150, targets=("no", "yes")) -> ClientData:
@@ -217,24 +215,21 @@ def test_nothing_to_partition():
     assert "no train records" in refused(Config(kind="iid", num_clients=2), ClientData([], [], {}))
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"kind": "column"},
-        {"kind": "iid"},
-        {"kind": "dirichlet"},
-        {"kind": "column_dirichlet", "num_clients": 3},
-        {"kind": "column_dirichlet", "column": "domain"},
-        {"kind": "column", "column": "domain", "num_clients": 3},
-        {"kind": "iid", "column": "domain", "num_clients": 3},
-        {"kind": "iid", "num_clients": 0},
-        {"kind": "iid", "num_clients": 2, "min_records": 0},
-        {"kind": "dirichlet", "num_clients": 2, "concentration": 0},
-        {"kind": "dirichlet", "num_clients": 2, "concentration": float("nan")},
-        {"kind": "random", "num_clients": 2},
-        {"kind": "iid", "num_clients": 2, "alpha": 1},
-    ],
-)
+@pytest.mark.parametrize("wrong", [
+    {"kind": "column"},
+    {"kind": "iid"},
+    {"kind": "dirichlet"},
+    {"kind": "column_dirichlet", "num_clients": 3},
+    {"kind": "column_dirichlet", "column": "domain"},
+    {"kind": "column", "column": "domain", "num_clients": 3},
+    {"kind": "iid", "column": "domain", "num_clients": 3},
+    {"kind": "iid", "num_clients": 0},
+    {"kind": "iid", "num_clients": 2, "min_records": 0},
+    {"kind": "dirichlet", "num_clients": 2, "concentration": 0},
+    {"kind": "dirichlet", "num_clients": 2, "concentration": float("nan")},
+    {"kind": "random", "num_clients": 2},
+    {"kind": "iid", "num_clients": 2, "alpha": 1},
+])  # fmt: skip
 def test_a_wrong_configuration_is_refused(wrong):
     with pytest.raises(ValidationError):
         Config(**wrong)
@@ -242,9 +237,8 @@ def test_a_wrong_configuration_is_refused(wrong):
 
 def carded(folder, text: str, **more) -> dict[str, ClientData]:
     (folder / "cards.csv").write_text(text)
-    return partition(
-        Config(kind="column", column="domain", cards=str(folder / "cards.csv"), **more), data(), "target", 0
-    )
+    config = Config(kind="column", column="domain", cards=str(folder / "cards.csv"), **more)
+    return partition(config, data(), "target", 0)
 
 
 def test_cards_are_handed_out_with_words_and_numbers(tmp_path):
@@ -254,14 +248,11 @@ def test_cards_are_handed_out_with_words_and_numbers(tmp_path):
     assert found["products"].metadata == {"domain": "products"}
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("client,country\ntweet,fr\n", "client 'tweet'"),
-        ("name,country\ntweets,fr\n", "column 'client'"),
-        ("client,country\ntweets,fr\ntweets,de\n", "row 2: client 'tweets' has a card already"),
-    ],
-)
+@pytest.mark.parametrize(("text", "said"), [
+    ("client,country\ntweet,fr\n", "client 'tweet'"),
+    ("name,country\ntweets,fr\n", "column 'client'"),
+    ("client,country\ntweets,fr\ntweets,de\n", "row 2: client 'tweets' has a card already"),
+])  # fmt: skip
 def test_a_card_of_nobody_or_of_somebody_twice_is_refused(tmp_path, text, said):
     with pytest.raises(DataError, match=said):
         carded(tmp_path, text)

@@ -115,9 +115,8 @@ def test_a_given_split_that_divides_a_subject_is_an_error_that_names_both_rows(t
     source = table(tmp_path / "a.csv", ["p1", "p2", "p2", "p3"], "train train test test")
     with pytest.raises(DataError, match=r"a\.csv row 2 \(train\) and a\.csv row 3 \(test\) are of one subject"):
         load(source, split_column="split")
-    assert len(
-        load(table(tmp_path / "b.csv", ["p1", "p2", "p2", "p3"], "train test test dev"), split_column="split").test
-    )
+    split = table(tmp_path / "b.csv", ["p1", "p2", "p2", "p3"], "train test test dev")
+    assert len(load(split, split_column="split").test)
 
 
 def test_a_folders_train_and_test_files_may_not_share_a_subject(tmp_path):
