@@ -80,8 +80,7 @@ def test_quiet_prints_results_alone(ficpd, folder, tmp_path):
 
 
 def test_verbose_prints_the_traceback_of_an_error(ficpd, tmp_path):
-    status, _, err = ficpd("info", tmp_path, "-v")
-    assert status == 1
+    err = ficpd("info", tmp_path, "-v").said(1)
     assert "Traceback" in err
     assert "holds no prompt library" in err
     assert "Traceback" not in ficpd("info", tmp_path)[2]
@@ -122,16 +121,14 @@ def test_info_and_help_load_no_torch(folder):
     for words in (
         ["info"], ["info", str(folder / "run")], ["info", str(folder / "run" / "library")], ["run", "--help"],
     ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(words=words)], capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", code.format(words=words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.strip().endswith("loaded: []"), words
         assert len(done.stdout) > 300
 
 
 def test_info_of_an_unfinished_run_says_how_to_continue(ficpd, stopped):
-    status, out, _ = ficpd("info", stopped)
-    assert status == 0
+    out = ficpd("info", stopped).said()
     assert "2 of 3, not finished" in out
     assert f"ficpdrun--resume--out{stopped}" in "".join(out.split())  # in lines of 80 columns
     assert json.loads(ficpd("info", stopped, "--json")[1])["rounds"] == 2
@@ -139,19 +136,13 @@ def test_info_of_an_unfinished_run_says_how_to_continue(ficpd, stopped):
 
 def test_info_of_a_damaged_run_is_an_error(ficpd, stopped):
     (stopped / "experiment.toml").write_text("name = 'x'")
-    status, _, err = ficpd("info", stopped)
-    assert status == 1
-    assert "cannot be read as a run" in err
+    assert "cannot be read as a run" in ficpd("info", stopped).said(1)
 
 
 def test_resume_needs_no_recipe(ficpd, stopped, tmp_path):
-    status, out, _ = ficpd("run", "--resume", "--out", stopped)
-    assert status == 0
-    assert "small: fedavg on tiny" in out
+    assert "small: fedavg on tiny" in ficpd("run", "--resume", "--out", stopped).said()
     assert "3 of 3, finished" in ficpd("info", stopped)[1]
-    status, _, err = ficpd("run", "--resume", "--out", tmp_path / "nowhere")
-    assert status == 1
-    assert "holds no run to resume" in err
+    assert "holds no run to resume" in ficpd("run", "--resume", "--out", tmp_path / "nowhere").said(1)
 
 
 def test_a_leak_and_wrong_usage_have_different_statuses(ficpd, folder, monkeypatch):
@@ -168,9 +159,7 @@ def test_a_leak_and_wrong_usage_have_different_statuses(ficpd, folder, monkeypat
 
 
 def test_an_audit_of_a_run_takes_no_other_place(ficpd, folder):
-    status, _, err = ficpd("audit", folder / "run", "--out", folder / "audit")
-    assert status == 2
-    assert "--out goes with --trained" in err
+    assert "--out goes with --trained" in ficpd("audit", folder / "run", "--out", folder / "audit").said(2)
 
 
 @pytest.mark.parametrize("asked", [(), ("--json",), ("--quiet",)])
@@ -185,7 +174,6 @@ def test_flower_without_its_package_is_one_sentence(ficpd, folder, tmp_path, mon
     for name in [name for name in sys.modules if name.partition(".")[0] == "flwr" or "flower_engine" in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flwr", None)
-    status, _, err = ficpd("run", folder / "small.toml", "--engine", "flower", "--out", tmp_path / "run")
-    assert status == 1
+    err = ficpd("run", folder / "small.toml", "--engine", "flower", "--out", tmp_path / "run").said(1)
     assert "pip install 'ficpd[flower]'" in err
     assert err.count("\n") == 1

@@ -93,22 +93,17 @@ def test_rows_keep_their_columns_in_every_format(ficpd, folder, tmp_path, ending
         assert found["scores"][0].keys() == small.LABELS.keys()
     else:
         assert {f"score_{label}" for label in small.LABELS} < {*found.columns}
-    status, _, err = ficpd(*call)
-    assert status == 1
-    assert f"{out} exists already" in err
+    assert f"{out} exists already" in ficpd(*call).said(1)
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "told"),
-    [
-        (("x", "--data", "y.csv"), 2, "texts or --data"),
-        (("x", "-"), 2, "- stands alone"),
-        ((" ",), 1, "text 1 is empty"),
-        (("x", "--format", "parquet"), 1, "--out"),
-        (("x", "--format", "csvv"), 1, "did you mean 'csv'"),
-        (("x", "--out", "answers.doc"), 1, "expected one of jsonl, csv, parquet"),
-    ],
-)
+@pytest.mark.parametrize(("words", "status", "told"), [
+    (("x", "--data", "y.csv"), 2, "texts or --data"),
+    (("x", "-"), 2, "- stands alone"),
+    ((" ",), 1, "text 1 is empty"),
+    (("x", "--format", "parquet"), 1, "--out"),
+    (("x", "--format", "csvv"), 1, "did you mean 'csv'"),
+    (("x", "--out", "answers.doc"), 1, "expected one of jsonl, csv, parquet"),
+])  # fmt: skip
 def test_what_it_cannot_take(ficpd, folder, words, status, told):
     found, _, err = ficpd("predict", folder / "run", *words)
     assert found == status
@@ -116,40 +111,31 @@ def test_what_it_cannot_take(ficpd, folder, words, status, told):
 
 
 def test_a_file_among_the_texts_is_told_from_a_text(ficpd, folder):
-    status, _, err = ficpd("predict", folder / "run", folder / "records.csv")
-    assert status == 2
-    assert "is a file: write --data" in err
+    assert "is a file: write --data" in ficpd("predict", folder / "run", folder / "records.csv").said(2)
     assert ficpd("predict", folder / "run", "--text", str(folder / "records.csv"))[0] == 0
 
 
 @pytest.mark.parametrize("name", ["recrods.csv", "new/few.jsonl.gz", "NOTES.TXT"])
 def test_a_file_that_is_not_there_is_no_text(ficpd, folder, name):
-    status, _, err = ficpd("predict", folder / "run", name)
-    assert status == 2
-    assert "there is no file" in err
+    assert "there is no file" in ficpd("predict", folder / "run", name).said(2)
     assert ficpd("predict", folder / "run", "--text", name)[0] == 0
     assert ficpd("predict", folder / "run", f"see {name}")[0] == 0
 
 
 def test_out_of_predict_is_tried_before_weights_load(ficpd, folder, monkeypatch):
     monkeypatch.setattr("ficpd.library.session.load_library", lambda *_, **__: pytest.fail("the work began"))
-    status, _, err = ficpd("predict", folder / "run", "x", "--out", folder / "records.csv" / "new.csv")
-    assert status == 1
+    err = ficpd("predict", folder / "run", "x", "--out", folder / "records.csv" / "new.csv").said(1)
     assert "a file stands where a folder is expected" in err
 
 
 def test_an_empty_standard_input_is_an_error_and_a_terminal_is_not_read(ficpd, folder, typed, monkeypatch):
     typed(b"\n \n")
-    status, _, err = ficpd("predict", folder / "run")
-    assert status == 1
-    assert "standard input has no text" in err
+    assert "standard input has no text" in ficpd("predict", folder / "run").said(1)
     typed(b"\xff\n")
     assert "standard input line 1: byte 0 (0xff) is not UTF-8" in ficpd("predict", folder / "run")[2]
     typed(b"never read\n")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    status, _, err = ficpd("predict", folder / "run")
-    assert status == 2
-    assert "no text" in err
+    assert "no text" in ficpd("predict", folder / "run").said(2)
 
 
 def test_a_library_of_the_hub_answers_from_its_cache(ficpd, folder, tmp_path, monkeypatch):
@@ -162,8 +148,7 @@ def test_a_library_of_the_hub_answers_from_its_cache(ficpd, folder, tmp_path, mo
     (kept / "refs" / "main").write_text("a" * 40)
     assert answers(ficpd("predict", "hf:clinic/triage", *TEXTS)) == wanted
     assert ficpd("info", "hf:clinic/triage", "--json")[0] == 0
-    status, _, err = ficpd("predict", "hf:clinic/other", *TEXTS)
-    assert status == 1
+    err = ficpd("predict", "hf:clinic/other", *TEXTS).said(1)
     assert "hf:clinic/other: the Hugging Face hub does not give it" in err
 
 
@@ -200,26 +185,21 @@ def test_evaluate_and_adapt_read_what_encoding_and_separator_say(ficpd, folder, 
     made = ("adapt", folder / "run", "--how", "demonstrations", "--json", "--data")
     found = ficpd(*made, odd, "--out", tmp_path / "mine", *AS_WRITTEN)
     assert found[0] == 0, found[2]
-    assert sorted(json.loads(found[1])["demonstrations"]) == sorted(
-        json.loads(ficpd(*made, tmp_path / "plain.csv", "--out", tmp_path / "other")[1])["demonstrations"]
-    )
+    plain = ficpd(*made, tmp_path / "plain.csv", "--out", tmp_path / "other")[1]
+    assert sorted(json.loads(found[1])["demonstrations"]) == sorted(json.loads(plain)["demonstrations"])
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "adapt"])
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ((), "--encoding"),
-        (("--encoding", "klingon"), "encoding = 'klingon': unknown encoding"),
-        (("--encoding", "cp1252", "--separator", "||"), "separator = '||'"),
-        (("--encoding", "cp1252", "--separator", '"'), "separator = '\"'"),
-        (("--encoding", "cp1252"), "column"),
-    ],
-)
+@pytest.mark.parametrize(("words", "told"), [
+    ((), "--encoding"),
+    (("--encoding", "klingon"), "encoding = 'klingon': unknown encoding"),
+    (("--encoding", "cp1252", "--separator", "||"), "separator = '||'"),
+    (("--encoding", "cp1252", "--separator", '"'), "separator = '\"'"),
+    (("--encoding", "cp1252"), "column"),
+])  # fmt: skip
 def test_another_encoding_or_separator_is_one_sentence(ficpd, folder, tmp_path, odd, command, words, told):
     out = ("--out", tmp_path / "out") if command == "adapt" else ()
-    status, _, err = ficpd(command, folder / "run", "--data", odd, *out, *words)
-    assert status == 1
+    err = ficpd(command, folder / "run", "--data", odd, *out, *words).said(1)
     assert told in err
     assert err.count("\n") == 1
 
@@ -227,28 +207,19 @@ def test_another_encoding_or_separator_is_one_sentence(ficpd, folder, tmp_path, 
 BAD = "text,target\na,good\nb,poor\nc,great\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("predict", "RUN", "x", "--prompt", "globl"), "no prompt 'globl'"),
-        (("predict", "RUN", "x", "--task", "mood"), "unknown task 'mood'"),
-        (("predict", "RUN", "--data", "BAD", "-c", "text=review"), "unknown column 'review'"),
-        (
-            ("evaluate", "RUN", "--data", "BAD", "--prompt", "globl", "-c", "target=text"),
-            "3 unknown labels in 3 records",
-        ),
-        (("evaluate", "RUN", "--data", "BAD"), "2 unknown labels in 2 records: 'poor' (1), 'great' (1)"),
-        (("evaluate", "RUN", "--data", "GOOD", "--prompt", "globl"), "no prompt 'globl'"),
-        (
-            ("adapt", "RUN", "--data", "BAD", "--task", "classification", "--out", "OUT"),
-            "2 unknown labels in 2 records",
-        ),
-        (("adapt", "RUN", "--data", "BAD", "--how", "tuned", "--out", "OUT"), "did you mean 'tune'"),
-        (("export", "RUN", "--prompt", "globl", "--out", "OUT"), "no prompt 'globl'"),
-        (("audit", "RUN", "--prompt", "globl"), "no prompt 'globl'"),
-        (("audit", "RUN", "--prompt", "globl", "--trained", "GOOD", "--others", "GOOD"), "no prompt 'globl'"),
-    ],
-)
+@pytest.mark.parametrize(("words", "told"), [
+    (("predict", "RUN", "x", "--prompt", "globl"), "no prompt 'globl'"),
+    (("predict", "RUN", "x", "--task", "mood"), "unknown task 'mood'"),
+    (("predict", "RUN", "--data", "BAD", "-c", "text=review"), "unknown column 'review'"),
+    (("evaluate", "RUN", "--data", "BAD", "--prompt", "globl", "-c", "target=text"), "3 unknown labels in 3 records"),
+    (("evaluate", "RUN", "--data", "BAD"), "2 unknown labels in 2 records: 'poor' (1), 'great' (1)"),
+    (("evaluate", "RUN", "--data", "GOOD", "--prompt", "globl"), "no prompt 'globl'"),
+    (("adapt", "RUN", "--data", "BAD", "--task", "classification", "--out", "OUT"), "2 unknown labels in 2 records"),
+    (("adapt", "RUN", "--data", "BAD", "--how", "tuned", "--out", "OUT"), "did you mean 'tune'"),
+    (("export", "RUN", "--prompt", "globl", "--out", "OUT"), "no prompt 'globl'"),
+    (("audit", "RUN", "--prompt", "globl"), "no prompt 'globl'"),
+    (("audit", "RUN", "--prompt", "globl", "--trained", "GOOD", "--others", "GOOD"), "no prompt 'globl'"),
+])  # fmt: skip
 def test_names_columns_and_labels_are_checked_before_weights_load(ficpd, folder, tmp_path, monkeypatch, words, told):
     (tmp_path / "bad.csv").write_text(BAD)
     places = {
@@ -261,15 +232,12 @@ def test_names_columns_and_labels_are_checked_before_weights_load(ficpd, folder,
     monkeypatch.setattr("ficpd.library.session.load_backbone", loaded)
     monkeypatch.setattr("ficpd.experiments.build.load_backbone", loaded)
     assert loading.load_backbone is not loaded
-    status, _, err = ficpd(*(places.get(word, word) for word in words))
-    assert status == 1
-    assert told in err
+    assert told in ficpd(*(places.get(word, word) for word in words)).said(1)
 
 
 def test_adapt_says_what_it_chose_and_how_to_have_another(ficpd, folder, tmp_path):
     call = ("adapt", folder / "run", "--data", folder / "records.csv", "--out")
-    status, out, _ = ficpd(*call, tmp_path / "auto")
-    assert status == 0
+    out = ficpd(*call, tmp_path / "auto").said()
     assert "Chosen: " in out
     assert "add --how and one of: " in out
     said = json.loads(ficpd(*call, tmp_path / "tuned", "--how", "tune", "--json")[1])
@@ -284,7 +252,5 @@ def test_adapt_says_what_it_chose_and_how_to_have_another(ficpd, folder, tmp_pat
 @pytest.mark.parametrize(("how", "holds"), [("leave", False), ("tune", False), ("head", True), ("mixture", True)])
 def test_adapt_says_whether_the_library_holds_values_computed_from_records(ficpd, folder, tmp_path, how, holds):
     call = ("adapt", folder / "run", "--data", folder / "records.csv", "--how", how, "--out")
-    status, said, err = ficpd(*call, tmp_path / "mine")
-    assert status == 0, err
-    assert ("it holds your records, or values computed from them" in said) == holds
+    assert ("it holds your records, or values computed from them" in ficpd(*call, tmp_path / "mine").said()) == holds
     assert json.loads(ficpd(*call, tmp_path / "again", "--json")[1])["holds_records"] == holds

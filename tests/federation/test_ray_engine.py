@@ -62,9 +62,8 @@ class Near:
         return self
 
     def exchange(self, orders: Mapping[str, bytes], round: int = 1) -> dict[str, Reply]:
-        calls = {
-            name: self.engine._remote_assignment(name, order, round, self.method.name) for name, order in orders.items()
-        }
+        given = (round, self.method.name)
+        calls = {name: self.engine._remote_assignment(name, order, *given) for name, order in orders.items()}
         came = self.engine._call(self.handle, calls)
         return {name: self.engine._settled(name, came[name]) for name in orders}
 
@@ -91,9 +90,8 @@ def test_the_ledger_commits_before_the_reply_is_passed_on(model):
     members = {name: replace(client, train=small.records(9)) for name, client in members.items()}
     near, orders = Near(method, members, model), orders_for(method, members, model)
     accounts = {name: client.account for name, client in members.items()}
-    came = near.engine._call(
-        near.handle, {n: near.engine._remote_assignment(n, o, 1, "fedavg") for n, o in orders.items()}
-    )
+    calls = {n: near.engine._remote_assignment(n, o, 1, "fedavg") for n, o in orders.items()}
+    came = near.engine._call(near.handle, calls)
     assert all(account is not None and account.spent() == [] for account in accounts.values())
     assert near.engine._settled("site-0", came["site-0"]).body
     assert [n for n, account in accounts.items() if account is not None and account.last_round("fedavg")] == ["site-0"]
@@ -139,15 +137,12 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "privacy"),
-    [
-        ("ficpd", PRIVATE),
-        ("fpl", "privacy={name='none'}"),
-        ("fedavg", "privacy={name='client_gaussian',placement='local',epsilon=50.0}"),
-        ("fedavg", "privacy={name='shared_gaussian',epsilon=50.0,max_lost=0,max_colluding=0}"),
-    ],
-)
+@pytest.mark.parametrize(("method", "privacy"), [
+    ("ficpd", PRIVATE),
+    ("fpl", "privacy={name='none'}"),
+    ("fedavg", "privacy={name='client_gaussian',placement='local',epsilon=50.0}"),
+    ("fedavg", "privacy={name='shared_gaussian',epsilon=50.0,max_lost=0,max_colluding=0}"),
+])  # fmt: skip
 def test_a_run_on_two_nodes_leaves_the_library_and_the_ledger_of_one_process(cluster, tmp_path, method, privacy):
     here = small.run(tmp_path / "here", method, privacy)
     there = small.run(tmp_path / "there", method, privacy, "engine.name=ray")

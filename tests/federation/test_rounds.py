@@ -106,9 +106,8 @@ def test_a_round_without_a_good_update_leaves_the_state_as_it_was(model, kind, n
 
 
 def test_bytes_are_the_lengths_of_what_travelled_dropped_updates_too(model):
-    _, _, engine, done = run(
-        model, {"site-1": BAD["truncated"][0], "site-2": BAD["no reply"][0]}, RoundSchedule(3, 4, 1)
-    )
+    spoiled = {"site-1": BAD["truncated"][0], "site-2": BAD["no reply"][0]}
+    _, _, engine, done = run(model, spoiled, RoundSchedule(3, 4, 1))
     for number, (_, report) in enumerate(done):
         assert report.bytes_down == sum(map(len, engine.sent[number].values())) > 0
         assert report.bytes_up == sum(len(reply.body) for reply in engine.came[number]) > 0
@@ -246,9 +245,8 @@ def test_a_late_update_weighs_less_and_counts_once(model):
     cohort_for = lambda schedule, names, round: next(orders)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ficpd.federation.rounds.sample_cohort", cohort_for)
-        for _, report in run_rounds(
-            watched, Slow(engine, {}), model, state, schedule, small.whole(small.start(model, small.classes()))
-        ):
+        compression = small.whole(small.start(model, small.classes()))
+        for _, report in run_rounds(watched, Slow(engine, {}), model, state, schedule, compression):
             asked.append(report)
     assert asked[0].dropped == {"site-2": "no reply"}
     assert (asked[1].updates, asked[1].dropped) == (5, {})

@@ -74,9 +74,8 @@ def test_many_dimensions_have_a_diagonal():
 
 
 def training(**more) -> LocalTrainingConfig:
-    return LocalTrainingConfig(
-        **{"optimizer": "cma_es", "local_steps": 1, "batch_size": 13, "learning_rate": 0.1, **more}
-    )
+    given = {"optimizer": "cma_es", "local_steps": 1, "batch_size": 13, "learning_rate": 0.1, **more}
+    return LocalTrainingConfig(**given)
 
 
 def session(model, name: str = "site-4", **more) -> ClientSession:
@@ -125,8 +124,7 @@ def test_a_whole_run_without_gradients(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Tiny, "supports_gradients", False)
     for place, changes in enumerate(((), ("privacy.name=record_gaussian", "privacy.epsilon=8", "privacy.delta=1e-3"))):
-        result = small.run(
-            tmp_path / str(place), "fedavg", "training.optimizer=cma_es", "training.population=6", *changes
-        )
+        given = ("training.optimizer=cma_es", "training.population=6", *changes)
+        result = small.run(tmp_path / str(place), "fedavg", *given)
         assert result.dropped_updates == 0
         assert result.queries.gradient == 0

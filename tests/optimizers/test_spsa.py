@@ -15,9 +15,8 @@ RATE = 0.1
 
 
 def training(**more) -> LocalTrainingConfig:
-    return LocalTrainingConfig(
-        **{"optimizer": "spsa", "local_steps": 1, "batch_size": 13, "learning_rate": RATE, **more}
-    )
+    given = {"optimizer": "spsa", "local_steps": 1, "batch_size": 13, "learning_rate": RATE, **more}
+    return LocalTrainingConfig(**given)
 
 
 def work(seen: ClientSession, of: LocalTrainingConfig, round: int = 1, **more):
@@ -97,9 +96,8 @@ def test_a_record_counts_about_as_much_as_its_gradient(model):
 
 def test_a_private_step_pays_once_for_all_directions(model):
     plan = ClientWorkload(13, 4 / 13, 3, 1, 5, 1.0, 1)
-    seen = session(
-        model, mechanism=record_gaussian.build(record_gaussian.Config(noise_multiplier=1.0, clip_norm=1.0), plan)
-    )
+    mechanism = record_gaussian.build(record_gaussian.Config(noise_multiplier=1.0, clip_norm=1.0), plan)
+    seen = session(model, mechanism=mechanism)
     after = run_queries(model, work(seen, training(local_steps=3, batch_size=4)))
     assert torch.isfinite(after).all()
     assert [(spend.name, spend.count) for spend in seen.costs] == [("prompt", 3)]
@@ -108,9 +106,8 @@ def test_a_private_step_pays_once_for_all_directions(model):
 def test_a_strong_pull_keeps_it_where_it_began(model):
     of = training(local_steps=20, directions=8)
     start = small.start(model, small.classes()).vectors_PD
-    free, held = (
-        run_queries(model, work(session(model), of, proximal_weight=weight)) - start for weight in (0.0, 30.0)
-    )
+    ends = [run_queries(model, work(session(model), of, proximal_weight=weight)) for weight in (0.0, 30.0)]
+    free, held = (end - start for end in ends)
     assert float(held.norm()) < 0.5 * float(free.norm())
 
 

@@ -44,18 +44,13 @@ def build(**config) -> generation.Generation:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return decoders.write(tmp_path_factory.mktemp("llama"))
+def model(decoder) -> QueryEngine:
+    return decoder
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> QueryEngine:
-    return QueryEngine(decoders.load(folder))
-
-
-@pytest.fixture(scope="module")
-def plain(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def plain(llama):
+    return AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
 
 
 def prompt_of(model: QueryEngine, length: int = 4, enters_at: int = 0, seed: int = 0) -> Prompt:
@@ -138,8 +133,8 @@ def test_a_record_is_one_sequence_and_its_target_ends_with_the_end_token(model):
     assert tokens(model, item) == "bad \n dull \n the sentiment is fine </s>"
 
 
-def test_a_tokeniser_without_an_end_token_ends_with_the_target(folder):
-    backbone = decoders.load(folder)
+def test_a_tokeniser_without_an_end_token_ends_with_the_target(llama):
+    backbone = decoders.load(llama)
     backbone.tokenizer.eos_token = None
     ((item,),) = build().encode(RECORDS[:1], backbone, prompt_of(QueryEngine(backbone))).items
     assert (item.scored, item.content[-1].item()) == (6, backbone.tokenizer.convert_tokens_to_ids("good"))
@@ -154,8 +149,8 @@ def test_of_a_long_target_as_much_is_learned_as_is_written(model):
     assert tokens(model, item).endswith("is the film was </s>")
 
 
-def test_a_source_is_cut_alike_whatever_its_target(folder):
-    short = QueryEngine(decoders.load(folder, max_tokens=32))
+def test_a_source_is_cut_alike_whatever_its_target(llama):
+    short = QueryEngine(decoders.load(llama, max_tokens=32))
     text = "the film was very long and dull but not bad " * 5
     records = [Record("a", {"text": text, "target": t}) for t in ("bad", "the story was not bad", None)]
     items = [items[0] for items in build().encode(records, short.backbone, prompt_of(short)).items]
@@ -229,19 +224,16 @@ def test_the_target_is_the_only_reference_where_there_are_none():
     assert task.targets([record(target="it is good", references=None)]) == [("it is good",)]
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"target": 3}, "column target: 3 is no text"),
-        ({"target": None}, "column target: None is no text"),
-        ({}, "column target: None is no text"),
-        ({"target": " \n"}, "column target: .* is empty"),
-        ({"target": "good", "references": "good"}, "column references: 'good' is no list of texts; .*Parquet"),
-        ({"target": "good", "references": []}, r"column references: \[\] is no list of texts"),
-        ({"target": "good", "references": ["good", 4]}, "column references: 4 is no text"),
-        ({"target": "good", "references": ["good", ""]}, "column references: '' is empty"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"target": 3}, "column target: 3 is no text"),
+    ({"target": None}, "column target: None is no text"),
+    ({}, "column target: None is no text"),
+    ({"target": " \n"}, "column target: .* is empty"),
+    ({"target": "good", "references": "good"}, "column references: 'good' is no list of texts; .*Parquet"),
+    ({"target": "good", "references": []}, r"column references: \[\] is no list of texts"),
+    ({"target": "good", "references": ["good", 4]}, "column references: 4 is no text"),
+    ({"target": "good", "references": ["good", ""]}, "column references: '' is empty"),
+])  # fmt: skip
 def test_what_is_no_truth_names_the_record(model, fields, words):
     with pytest.raises(DataError, match=r"mine\.jsonl row 17, " + words):
         build().targets([*RECORDS, record(**fields)])
@@ -341,12 +333,12 @@ def told(*words: str) -> str:
     return result.stdout
 
 
-def test_a_federation_that_writes_leaves_a_library_that_writes(folder, tmp_path):
+def test_a_federation_that_writes_leaves_a_library_that_writes(llama, tmp_path):
     file = tmp_path / "pairs.jsonl"
     lines = [record.fields for record in RECORDS * 6]
     file.write_text("".join(json.dumps(dict(line)) + "\n" for line in lines))
     training = "local_steps = 2\nbatch_size = 4"
-    result = run(parse(toml(str(folder), file, "", 1, 5, training), "small.toml"), tmp_path / "run")
+    result = run(parse(toml(str(llama), file, "", 1, 5, training), "small.toml"), tmp_path / "run")
     for score in (result.scores.global_prompt, result.scores.per_client_mean, result.scores.zero_shot):
         assert score.keys() == {"bleu", "chrf"}
         assert all(0 <= value <= 100 for value in score.values())

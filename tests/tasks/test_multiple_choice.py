@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import berts
-import decoders
 import small
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.cli import app
@@ -31,16 +30,6 @@ RECORDS = [Record("row 1", TWO), Record("row 2", FIVE), Record("row 3", {**TWO, 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return decoders.write(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def decoder(folder) -> QueryEngine:
-    return QueryEngine(decoders.load(folder))
-
-
 def prompt_of(model: QueryEngine, length: int = 3) -> Prompt:
     vectors = torch.randn(length, model.backbone.width, generator=torch.Generator().manual_seed(0))
     return Prompt(vectors, model.backbone.fingerprint, 0)
@@ -52,9 +41,9 @@ def asked(model: QueryEngine, records, task=None, **more):
     return batch, model.answer([Query(prompt.vectors_PD[None], batch, outputs=True, **more)])[0]
 
 
-def plain_scores(folder: Path, model: QueryEngine, batch) -> list[list[torch.Tensor]]:
+def plain_scores(llama: Path, model: QueryEngine, batch) -> list[list[torch.Tensor]]:
     """The log-likelihoods of each option's tokens, by the plain model: one forward per option."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     front_PD = prompt_of(model).vectors_PD
 
     def one(item) -> torch.Tensor:
@@ -65,11 +54,11 @@ def plain_scores(folder: Path, model: QueryEngine, batch) -> list[list[torch.Ten
     return [[one(item) for item in items] for items in batch.items]
 
 
-def test_a_decoders_scores_are_the_plain_models_likelihoods(folder, decoder):
+def test_a_decoders_scores_are_the_plain_models_likelihoods(llama, decoder):
     task = small.choices()
     batch, answer = asked(decoder, RECORDS, task)
     assert [len(items) for items in batch.items] == [2, 5, 2]
-    told = [[float(t.mean()) for t in of] for of in plain_scores(folder, decoder, batch)]
+    told = [[float(t.mean()) for t in of] for of in plain_scores(llama, decoder, batch)]
     logits = task.logits(answer.outputs_KB, batch)
     for row, of in enumerate(told):
         assert small.close(logits[row, : len(of)], torch.tensor(of))
@@ -154,62 +143,53 @@ def record(options, target=0) -> Record:
     return Record("exam.csv row 3", {"text": "which?", "options": options, "target": target})
 
 
-@pytest.mark.parametrize(
-    ("options", "target", "place"),
-    [
-        (["red", "blue", "green"], 2, 2),
-        (["red", "blue", "green"], "2", 2),
-        (["red", "blue", "green"], "B", 1),
-        (["red", "blue", "green"], "b ", 1),
-        (["red", "blue", "green"], "green", 2),
-        (["red", " blue "], "blue", 1),
-        (["4", "3", "2", "1"], 3, 3),
-        (["B", "A"], 0, 0),
-        (["red", "blue"], 1.0, 1),
-        (["A", "B"], "B", 1),
-        ({"A": "red", "B": "blue", "C": None}, "B", 1),
-        ({"left": "red", "right": "blue"}, "right", 1),
-        ({"left": "red", "right": "blue"}, 1, 1),
-        (["red", "blue", "", None], "blue", 1),
-    ],
-)
+@pytest.mark.parametrize(("options", "target", "place"), [
+    (["red", "blue", "green"], 2, 2),
+    (["red", "blue", "green"], "2", 2),
+    (["red", "blue", "green"], "B", 1),
+    (["red", "blue", "green"], "b ", 1),
+    (["red", "blue", "green"], "green", 2),
+    (["red", " blue "], "blue", 1),
+    (["4", "3", "2", "1"], 3, 3),
+    (["B", "A"], 0, 0),
+    (["red", "blue"], 1.0, 1),
+    (["A", "B"], "B", 1),
+    ({"A": "red", "B": "blue", "C": None}, "B", 1),
+    ({"left": "red", "right": "blue"}, "right", 1),
+    ({"left": "red", "right": "blue"}, 1, 1),
+    (["red", "blue", "", None], "blue", 1),
+])  # fmt: skip
 def test_what_a_target_means(options, target, place):
     (found,) = small.choices().targets([record(options, target)])
     assert found == place
     assert found.of == len([text for text in (options.values() if isinstance(options, dict) else options) if text])
 
 
-@pytest.mark.parametrize(
-    ("options", "target", "says"),
-    [
-        (["red", "blue"], 2, "2 is none of the options"),
-        (["red", "blue"], -1, "-1 is none of the options"),
-        (["red", "blue"], "C", "'C' is none"),
-        (["red", "blue"], "Red", "'Red' is none"),
-        (["red", "blue"], True, "True is none"),
-        (["red", "blue"], 1.5, "1.5 is none"),
-        (["B", "A"], "B", "'B' may mean several"),
-        (["3", "2", "1", "0"], "3", "'3' may mean several"),
-        (["red", "red"], "red", "'red' may mean several"),
-    ],
-)
+@pytest.mark.parametrize(("options", "target", "says"), [
+    (["red", "blue"], 2, "2 is none of the options"),
+    (["red", "blue"], -1, "-1 is none of the options"),
+    (["red", "blue"], "C", "'C' is none"),
+    (["red", "blue"], "Red", "'Red' is none"),
+    (["red", "blue"], True, "True is none"),
+    (["red", "blue"], 1.5, "1.5 is none"),
+    (["B", "A"], "B", "'B' may mean several"),
+    (["3", "2", "1", "0"], "3", "'3' may mean several"),
+    (["red", "red"], "red", "'red' may mean several"),
+])  # fmt: skip
 def test_a_target_that_is_not_one_option_names_its_record(model, options, target, says):
     with pytest.raises(DataError, match=r"exam\.csv row 3, column target: " + says + ".*0 to "):
         asked(model, [record(options, target)])
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (None, "None is no list of texts"),
-        ("red|blue", "no list of texts"),
-        (["red"], "1 given; a choice needs two"),
-        (["red", None, ""], "1 given; a choice needs two"),
-        (["red", "", "blue"], "option B is ''"),
-        (["red", 5], "option B is 5"),
-        ([str(i) for i in range(27)], "26 at most"),
-    ],
-)
+@pytest.mark.parametrize(("options", "says"), [
+    (None, "None is no list of texts"),
+    ("red|blue", "no list of texts"),
+    (["red"], "1 given; a choice needs two"),
+    (["red", None, ""], "1 given; a choice needs two"),
+    (["red", "", "blue"], "option B is ''"),
+    (["red", 5], "option B is 5"),
+    ([str(i) for i in range(27)], "26 at most"),
+])  # fmt: skip
 def test_what_are_no_options_names_its_record(model, options, says):
     with pytest.raises(DataError, match=r"exam\.csv row 3, column options: .*" + says):
         asked(model, [record(options)])
@@ -279,10 +259,8 @@ def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
     opened = load_library(tmp_path / "run")
     few = small.questions(8, 5)
     batch = opened.encode(few)
-    before, after = (
-        opened.model.answer([Query(p.vectors_PD[None], batch)])[0].loss_KB.mean()
-        for p in (opened.library.start, opened.library.prompts["global"])
-    )
+    queries = [Query(p.vectors_PD[None], batch) for p in (opened.library.start, opened.library.prompts["global"])]
+    before, after = (opened.model.answer([query])[0].loss_KB.mean() for query in queries)
     assert after < before
     assert opened.evaluate_prompts(few).keys() == {"zero-shot", "global"}
     table(tmp_path / "few.jsonl", 8)
@@ -299,16 +277,15 @@ def test_a_federation_that_chooses_and_a_library_that_is_adapted(tmp_path):
     assert "expected a classification" in str(refused.exception)
 
 
-def test_options_in_columns_of_their_own_and_a_decoder(tmp_path, folder):
+def test_options_in_columns_of_their_own_and_a_decoder(tmp_path, llama):
     lines = ["text,target,site,a,b,c"]
     lines += [f"the film was,{'AB'[i % 2]},site-{i % 3},good,bad,{'dull' if i % 4 else ''}" for i in range(24)]
     (tmp_path / "exam.csv").write_text("\n".join(lines) + "\n")
     columns = 'data.options=["a", "b", "c"]'
-    result = run(experiment(tmp_path / "exam.csv", f"backbone.name={folder}", columns, rounds=1), tmp_path / "run")
+    result = run(experiment(tmp_path / "exam.csv", f"backbone.name={llama}", columns, rounds=1), tmp_path / "run")
     assert 1 / 3 < result.scores.global_prompt["chance"] < 1 / 2
-    said = CliRunner().invoke(
-        app, ["predict", str(tmp_path / "run"), "--data", str(tmp_path / "exam.csv"), "-c", "options=a,b,c"]
-    )
+    given = ["predict", str(tmp_path / "run"), "--data", str(tmp_path / "exam.csv"), "-c", "options=a,b,c"]
+    said = CliRunner().invoke(app, given)
     assert len(said.stdout.splitlines()) == 24
     assert {json.loads(line)["prediction"] for line in said.stdout.splitlines()} <= {0, 1, 2}
 

@@ -10,9 +10,8 @@ from ficpd.types import ClientUpdate
 
 def updates(count: int = 6, scale: float = 1.0) -> list[ClientUpdate]:
     random = torch.Generator().manual_seed(count)
-    return [
-        ClientUpdate(f"site-{i}", {"delta": scale * torch.randn(3, 4, generator=random)}, 1.0 + i) for i in range(count)
-    ]
+    deltas = [scale * torch.randn(3, 4, generator=random) for _ in range(count)]
+    return [ClientUpdate(f"site-{i}", {"delta": delta}, 1.0 + i) for i, delta in enumerate(deltas)]
 
 
 def test_each_counts_by_its_weight():

@@ -63,10 +63,8 @@ def mean(rule: str, given: list[ClientUpdate], **config) -> tuple[torch.Tensor, 
 def honest(count: int = 9, size: int = 12) -> list[ClientUpdate]:
     random = torch.Generator().manual_seed(count)
     shared = torch.randn(size, generator=random)
-    return updates(
-        *(shared + 0.5 * torch.randn(size, generator=random) for _ in range(count)),
-        weights=[1.0 + i for i in range(count)],
-    )
+    deltas = [shared + 0.5 * torch.randn(size, generator=random) for _ in range(count)]
+    return updates(*deltas, weights=[1.0 + i for i in range(count)])
 
 
 @st.composite
@@ -75,9 +73,8 @@ def rounds_with_poison(draw):
     poisoned, size = draw(st.integers(1, 3)), draw(st.integers(1, 5))
     number = draw(st.integers(2 * poisoned + 3, 2 * poisoned + 6))
     some, any_ = st.floats(-10, 10, width=32), st.floats(-(2.0**19), 2.0**19, width=32)
-    good = draw(
-        st.lists(st.lists(some, min_size=size, max_size=size), min_size=number - poisoned, max_size=number - poisoned)
-    )
+    row, honest = st.lists(some, min_size=size, max_size=size), number - poisoned
+    good = draw(st.lists(row, min_size=honest, max_size=honest))
     bad = draw(st.lists(st.lists(any_, min_size=size, max_size=size), min_size=poisoned, max_size=poisoned))
     weights = draw(st.lists(st.floats(1e-3, 1e9), min_size=number, max_size=number))
     return good, bad, weights
@@ -152,9 +149,8 @@ def test_each_rule_by_hand():
     five = updates([0.0], [1.0], [2.0], [3.0], [100.0])
     found, facts = mean("multi_krum", five)
     assert (found.tolist(), facts["excluded_updates"]) == ([1.5], {"site-04": "left out of global"})
-    six = updates(
-        [0.0], [7.0], [8.0], [11.0], [19.0], [21.0]
-    )  # by three nearest; two or four would leave the first out
+    # by three nearest; two or four would leave the first out
+    six = updates([0.0], [7.0], [8.0], [11.0], [19.0], [21.0])
     assert mean("multi_krum", six)[1]["excluded_updates"].keys() == {"site-05"}
     three = updates([3.0, 4.0], [0.3, 0.4], [0.6, 0.8])
     found, facts = mean("norm_bound", three)  # the median is 1, so that nobody is longer than 2
@@ -218,9 +214,8 @@ def test_one_poisoned_client_ruins_the_mean_and_not_the_robust_ones(model, name,
             assert all(POISONED in report.excluded_updates for report in reports)
             read, _ = storage.decode_state(storage.encode_state(state, {}))
             assert read.facts == state.facts
-            updates = [
-                ClientUpdate(n, {k: torch.randn(s) for k, s in method.update_spec(state).items()}) for n in members
-            ]
+            sizes = method.update_spec(state).items()
+            updates = [ClientUpdate(n, {k: torch.randn(s) for k, s in sizes}) for n in members]
             after = [method.aggregate(state, small.shuffled(updates, seed), 5, model) for seed in (0, 1)]
             assert small.same(after[0].arrays, after[1].arrays)
             assert after[0].facts == after[1].facts
@@ -234,9 +229,8 @@ def test_one_poisoned_client_ruins_the_mean_and_not_the_robust_ones(model, name,
 @pytest.mark.parametrize(("name", "config"), [("ficpd", {"num_prototypes": 1}), ("fpl", {"clusters": "none"})])
 def test_a_prototype_goes_by_the_rule_as_the_global_prompt_does(model, rule, name, config):
     method = small.method(name, robust={"rule": rule}, **config)
-    state, reports = small.rounds(
-        method, small.clients(model, method, 7, mechanism=Lying()), model, RoundSchedule(3, 7, 0)
-    )
+    members = small.clients(model, method, 7, mechanism=Lying())
+    state, reports = small.rounds(method, members, model, RoundSchedule(3, 7, 0))
     assert small.close(method.library_prompts(state)["prototype-0"], method.global_prompt(state))
     assert rule == "norm_bound" or "prototype-0" in reports[-1].excluded_updates[POISONED]
 
@@ -273,7 +267,6 @@ def test_a_run_names_the_client_that_lied(tmp_path):
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     written = storage.encode_state(State({"prompt": torch.ones(2)}), {"totals": {}})
     (tmp_path / "checkpoint").write_bytes(written)
-    with pytest.raises(
-        RunError, match=r"checkpoint cannot be read, or is of another version: .*Delete it to begin anew"
-    ):
+    unread = r"checkpoint cannot be read, or is of another version: .*Delete it to begin anew"
+    with pytest.raises(RunError, match=unread):
         RunDir(tmp_path).load()

@@ -20,9 +20,8 @@ def walked(step: ServerOptimizer) -> list[torch.Tensor]:
 
 
 def test_plain_is_the_mean_update_times_the_rate():
-    assert all(
-        torch.equal(move, 0.5 * delta) for move, delta in zip(walked(ServerOptimizer(rate=0.5)), DELTAS, strict=True)
-    )
+    moves = walked(ServerOptimizer(rate=0.5))
+    assert all(torch.equal(move, 0.5 * delta) for move, delta in zip(moves, DELTAS, strict=True))
     assert ServerOptimizer().step(DELTAS[0], {})[1] == {}
 
 

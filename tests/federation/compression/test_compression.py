@@ -89,9 +89,8 @@ def test_what_travels_passes_the_codec(name, bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_what_comes_back_has_the_methods_layout(name, bits):
     back = there_and_back(build(name, bits), update())
-    assert {n: (tuple(a.shape), a.dtype) for n, a in back.items()} == {
-        n: (shape, torch.float32) for n, shape in LAYOUT.items()
-    }
+    kinds = {n: (tuple(a.shape), a.dtype) for n, a in back.items()}
+    assert kinds == {n: (shape, torch.float32) for n, shape in LAYOUT.items()}
 
 
 @pytest.mark.parametrize("bits", BITS)

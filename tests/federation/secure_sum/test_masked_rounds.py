@@ -121,15 +121,12 @@ def test_nothing_of_a_round_depends_on_an_earlier_step(tmp_path):
     runner.plan.close()
 
 
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [
-        ("fpl", ()), ("dp_zo", ()), ("dp_fpl", ()), ("fedhpl", ()), ("dp_cma_es", ()), ("analytic", ()),
-        ("fedavg", ('training.optimizer="spsa"',)), ("fedavg", ('method.robust={rule="trimmed_mean",num_byzantine=1}',)),
-        ("ficpd", ('method.space="metadata"',)), ("ficpd", ('method.server={kind="extrapolated"}',)),
-        ("fedavg", ("federation.accept_late=1",)), ("ficpd", ("method.label_prior=true",)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("method", "changes"), [
+    ("fpl", ()), ("dp_zo", ()), ("dp_fpl", ()), ("fedhpl", ()), ("dp_cma_es", ()), ("analytic", ()),
+    ("fedavg", ('training.optimizer="spsa"',)), ("fedavg", ('method.robust={rule="trimmed_mean",num_byzantine=1}',)),
+    ("ficpd", ('method.space="metadata"',)), ("ficpd", ('method.server={kind="extrapolated"}',)),
+    ("fedavg", ("federation.accept_late=1",)), ("ficpd", ("method.label_prior=true",)),
+])  # fmt: skip
 def test_what_needs_more_than_a_sum_is_refused(tmp_path, method, changes):
     with pytest.raises((PrivacyError, ConfigError)):
         small.run(tmp_path, method, *SHARED, *changes)
