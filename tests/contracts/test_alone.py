@@ -36,9 +36,7 @@ class Noting(NoPrivacy):
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: Any) -> list[Tensor]:
         return [torch.arange(num_records)] * steps
 
-    def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: Any, grad_scale: Tensor | None = None
-    ) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: Any, grad_scale=None) -> Tensor:
         self.rows.append(values_KB.detach().clone())
         return torch.zeros_like(values_KB[:, 0]).float()
 
@@ -56,9 +54,8 @@ def rows(
 
     tried: the second time, when rows share the forward passes that changed no bit."""
     model = QueryEngine(small.backbone(width=WIDTH, dtype=dtype), exact=True)
-    method = small.method(
-        name, small.LocalTrainingConfig(local_steps=1, batch_size=8, learning_rate=0.1, **how), **(config or {})
-    )
+    training = small.LocalTrainingConfig(local_steps=1, batch_size=8, learning_rate=0.1, **how)
+    method = small.method(name, training, **(config or {}))
     begin, compression = small.start(model, task), None
     if dimension:
         shape = 40, *begin.vectors_PD.shape

@@ -73,9 +73,8 @@ def write_causal_lm(folder: Path) -> Path:
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)
     return folder
 
 
@@ -210,9 +209,7 @@ def outcome(ask: Callable[[], Any]) -> Any:
 
 def test_a_new_backbone_needs_an_entry_here():
     covered = {name.partition(" ")[0] for name in BUILDERS}
-    assert set(names("backbones")) == covered | REMOTE, (
-        "add the new backbone to BUILDERS, so that this contract covers it"
-    )
+    assert set(names("backbones")) == covered | REMOTE, "add the new backbone to BUILDERS: this contract covers it then"
 
 
 def test_a_row_alone_answers_as_in_a_padded_batch(case):
@@ -288,10 +285,8 @@ def test_layers_below_do_not_depend_on_company(backbone):
 def test_without_a_prompt_the_layer_of_entry_changes_nothing(backbone):
     items = items_of(backbone)
     none = torch.zeros(len(items), 0, backbone.width)
-    features = [
-        backbone.forward(none, backbone.encode_prefix(items, layer), items, layer).features_RD
-        for layer in layers(backbone)
-    ]
+    hidden = {layer: backbone.encode_prefix(items, layer) for layer in layers(backbone)}
+    features = [backbone.forward(none, below, items, layer).features_RD for layer, below in hidden.items()]
     assert features[0].shape == (len(items), backbone.width)
     assert all(small.close(features[0], other) for other in features[1:])
     assert not small.close(features[0][0], features[0][1], 0.01)
@@ -349,9 +344,8 @@ def test_a_start_is_the_activations_of_words(kind, text):
 def check_a_start_of_patches(backbone: Any, text: str | None) -> None:
     """At every layer each vector is one and the same patch of a made-up image, as it is there; no class token is."""
     items = [backbone.preprocess_image(image, TOKENS) for image in backbone.synthetic_inputs(8, 7)]
-    patches = [
-        torch.cat([state[1:] for state in backbone.encode_prefix(items, layer)]).float() for layer in layers(backbone)
-    ]
+    hidden = [backbone.encode_prefix(items, layer) for layer in layers(backbone)]
+    patches = [torch.cat([state[1:] for state in states]).float() for states in hidden]
     distances = (backbone.init_prompt(text, TOKENS, 0, 7)[:, None] - patches[0]).abs().amax(-1)
     ids = distances.argmin(1)
     assert len(set(ids.tolist())) == TOKENS
@@ -477,9 +471,8 @@ def test_a_backbone_writes_or_says_that_it_cannot(backbone):
 def test_nonsense_is_as_many_texts_as_asked_for_and_always_the_same(backbone):
     texts = backbone.synthetic_inputs(20, 3)
     assert len(texts) == 20
-    said = [
-        (text.open().mode, text.open().tobytes()) if backbone.modality == "image" else text.strip() for text in texts
-    ]
+    image = backbone.modality == "image"
+    said = [(text.open().mode, text.open().tobytes()) if image else text.strip() for text in texts]
     assert all(said)
     assert len(set(said)) > 15
     assert backbone.synthetic_inputs(20, 3) == texts != backbone.synthetic_inputs(20, 4)

@@ -302,14 +302,11 @@ def test_a_scale_that_is_none_is_refused(scale, words):
     assert words in message
 
 
-@pytest.mark.parametrize(
-    ("what", "expected"),
-    [
-        ("client", codec.ExpectedUpdate("site-2", 4, BACKBONE, LAYOUT)),
-        ("round", codec.ExpectedUpdate("site-1", 5, BACKBONE, LAYOUT)),
-        ("backbone", codec.ExpectedUpdate("site-1", 4, "tiny:32x2", LAYOUT)),
-    ],
-)
+@pytest.mark.parametrize(("what", "expected"), [
+    ("client", codec.ExpectedUpdate("site-2", 4, BACKBONE, LAYOUT)),
+    ("round", codec.ExpectedUpdate("site-1", 5, BACKBONE, LAYOUT)),
+    ("backbone", codec.ExpectedUpdate("site-1", 4, "tiny:32x2", LAYOUT)),
+])  # fmt: skip
 def test_another_client_round_or_backbone_is_refused(what, expected):
     assert codec.decode_update(body(), EXPECTED).client == "site-1"
     assert f"the update's {what} is " in refused(body(), expected)
@@ -321,18 +318,15 @@ def test_a_client_whose_name_is_longer_or_only_begins_alike_is_refused():
     assert "client is 'site-\\\\xff'" in refused(crafted(name=b"site-\xff"))
 
 
-@pytest.mark.parametrize(
-    "given_",
-    [
-        {},
-        {"delta": (3, 4)},
-        {"delta": (3, 4), "gain": (2,), "more": (1,)},
-        {"delta": (3, 4), "Gain": (2,)},
-        {"delta": (2,), "gain": (3, 4)},
-        {"delta": (14,)},
-        {"delta": (3, 4), "gain": (1,), "more": (1,)},
-    ],
-)
+@pytest.mark.parametrize("given_", [
+    {},
+    {"delta": (3, 4)},
+    {"delta": (3, 4), "gain": (2,), "more": (1,)},
+    {"delta": (3, 4), "Gain": (2,)},
+    {"delta": (2,), "gain": (3, 4)},
+    {"delta": (14,)},
+    {"delta": (3, 4), "gain": (1,), "more": (1,)},
+])  # fmt: skip
 def test_missing_and_extra_arrays_are_refused(given_):
     message = codec.encode_update(ClientUpdate("site-1", {n: torch.ones(s) for n, s in given_.items()}), 4, BACKBONE)
     assert "delta torch.float32 (3, 4), gain torch.float32 (2,)" in refused(message)
@@ -356,17 +350,14 @@ def test_a_body_of_another_size_is_refused_before_it_is_read(monkeypatch):
     assert f"the update has {len(message)} bytes, expected {wanted} for client 'site-1' and delta" in refused(message)
 
 
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"magic": b"FV"}, "of another kind or version"),
-        ({"version": 2}, "of another kind or version"),
-        ({"round": 3}, "round is 3, expected 4"),
-        ({"backbone": bytes(8)}, "(tiny:16x2)"),
-        ({"layout": 0}, "layout is '00000000'"),
-        ({"name": b"site-2"}, "client is 'site-2', expected 'site-1'"),
-    ],
-)
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"magic": b"FV"}, "of another kind or version"),
+    ({"version": 2}, "of another kind or version"),
+    ({"round": 3}, "round is 3, expected 4"),
+    ({"backbone": bytes(8)}, "(tiny:16x2)"),
+    ({"layout": 0}, "layout is '00000000'"),
+    ({"name": b"site-2"}, "client is 'site-2', expected 'site-1'"),
+])  # fmt: skip
 def test_a_header_that_says_something_else_is_refused(changed, words):
     assert words in refused(crafted(**changed))
 

@@ -55,18 +55,14 @@ class Stumbling:
 
 def orders_for(method, members, model, round: int = 1) -> dict[str, bytes]:
     state = small.first_state(method, members)
-    return {
-        name: codec.encode_assignment(method.make_assignment(state, client.card, round), model.backbone.fingerprint)
-        for name, client in members.items()
-    }
+    orders = {name: method.make_assignment(state, client.card, round) for name, client in members.items()}
+    return {name: codec.encode_assignment(order, model.backbone.fingerprint) for name, order in orders.items()}
 
 
 def updates(method, members, model, replies, round: int = 1) -> dict:
     layout, fingerprint = small.wire(method.update_spec(small.first_state(method, members))), model.backbone.fingerprint
-    return {
-        reply.client: codec.decode_update(reply.body, codec.ExpectedUpdate(reply.client, round, fingerprint, layout))
-        for reply in replies
-    }
+    expected = {name: codec.ExpectedUpdate(name, round, fingerprint, layout) for name in members}
+    return {reply.client: codec.decode_update(reply.body, expected[reply.client]) for reply in replies}
 
 
 def test_it_tells_who_is_there_and_nothing_of_their_records(build, model):

@@ -18,7 +18,7 @@ from ficpd.registry import load, names
 from ficpd.types import ClientUpdate, ClientWorkload
 
 PLAN = ClientWorkload(
-    num_records=100, sampling_rate=0.1, steps=2, participations=5, num_clients=40, cohort_rate=0.25, num_rounds=20
+    100, sampling_rate=0.1, steps=2, participations=5, num_clients=40, cohort_rate=0.25, num_rounds=20
 )
 CLIP, MULTIPLIER = 0.5, 1.3
 GIVEN = {"clip_norm": CLIP, "noise_multiplier": MULTIPLIER, "delta": 1e-3}
@@ -173,16 +173,11 @@ def test_an_empty_poisson_batch_is_noise_like_any_other():
 def test_a_total_clips_rows_to_one_and_has_its_own_price():
     mechanism, silent = record(statistics={"weight": 0.1, "counts": 0.2}), Silent()
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
-    assert torch.allclose(
-        mechanism.noisy_sum("counts", rows.split(1), silent),
-        torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]),
-        rtol=1e-5,
-    )
+    summed = mechanism.noisy_sum("counts", rows.split(1), silent)
+    assert torch.allclose(summed, torch.tensor([0.6 * MARGIN, 0.8 * MARGIN + 0.5]), rtol=1e-5)
     assert silent.deviations == [mechanism.cost(ReleaseKind.STATISTIC, "counts").noise_multiplier]
-    assert (
-        mechanism.cost(ReleaseKind.STATISTIC, "weight").noise_multiplier
-        > mechanism.cost(ReleaseKind.STATISTIC, "counts").noise_multiplier
-    )
+    weight, counts = (mechanism.cost(ReleaseKind.STATISTIC, name) for name in ("weight", "counts"))
+    assert weight.noise_multiplier > counts.noise_multiplier
     assert {line.name for line in mechanism.planned_costs()} == {"prompt", "weight", "counts"}
     with pytest.raises(PrivacyError, match="no share of the budget"):
         mechanism.noisy_sum("signature", [rows], silent)
@@ -258,13 +253,10 @@ def test_the_noise_that_the_server_knows_of_is_what_an_update_carries(mechanism)
 
 
 @pytest.mark.parametrize("module", [record_gaussian, client_gaussian, shared_gaussian])
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("clip_norm", 0), ("clip_norm", math.inf), ("clip_norm", math.nan), ("clip_norm", -1), ("epsilon", 0),
-        ("epsilon", math.inf), ("noise_multiplier", 0), ("noise_multiplier", math.nan), ("delta", 0), ("delta", 1),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "value"), [
+    ("clip_norm", 0), ("clip_norm", math.inf), ("clip_norm", math.nan), ("clip_norm", -1), ("epsilon", 0),
+    ("epsilon", math.inf), ("noise_multiplier", 0), ("noise_multiplier", math.nan), ("delta", 0), ("delta", 1),
+])  # fmt: skip
 def test_settings_that_cannot_be_a_guarantee_are_refused(module, name, value):
     with pytest.raises(ValidationError):
         module.Config(**{**GIVEN, name: value})

@@ -46,9 +46,7 @@ def orders_of(method: Method, members: Mapping[str, Client], state: State, round
     return {name: method.make_assignment(state, client.card, round) for name, client in members.items()}
 
 
-def updates_of(
-    method: Method, members: Mapping[str, Client], model: QueryEngine, state: State, round: int = 1
-) -> list[ClientUpdate]:
+def updates_of(method: Method, members: Mapping[str, Client], model: QueryEngine, state: State, round: int = 1):
     orders = orders_of(method, members, state, round)
     return [run_queries(model, execute_assignment(method, client, orders[name])) for name, client in members.items()]
 
@@ -86,9 +84,8 @@ def test_training_moves_the_prompts_and_lowers_the_training_loss(method, model):
         assert not small.close(first, last, 1e-3)
         losses.append(model.answer([Query(torch.stack([first, last]), client.encoded())])[0].loss_KB)
     first, last = torch.cat(losses, 1).mean(1)
-    assert last < first or method.capabilities.prompt_type == "tokens", (
-        "a random backbone heeds no words (tests/methods/test_feddtpt.py)"
-    )
+    random = method.capabilities.prompt_type == "tokens"  # no words help a random backbone: methods/test_feddtpt.py
+    assert last < first or random
 
 
 def test_two_of_five_clients_a_round(method, model):
@@ -183,9 +180,8 @@ def test_what_leaves_is_exactly_what_was_released(method, model):
     replies = list(small.engine(method, members, model).exchange(bodies))
     assert sorted(mechanism.released) == sorted(reply.client for reply in replies) == sorted(members)
     for reply in replies:
-        marks = {
-            name: torch.full(k.shape, MARK).to(k.dtype) for name, k in small.wire(method.update_spec(state)).items()
-        }
+        layout = small.wire(method.update_spec(state))
+        marks = {name: torch.full(kind.shape, MARK).to(kind.dtype) for name, kind in layout.items()}
         assert reply.body == codec.encode_update(ClientUpdate(reply.client, marks, MARKED_WEIGHT), 1, fingerprint)
 
 
@@ -237,10 +233,8 @@ def test_local_lets_nothing_out_but_that_it_is_done(model):
         orders = orders_of(method, members, state, round)
         bodies = {name: codec.encode_assignment(order, fingerprint) for name, order in orders.items()}
         replies = list(small.engine(method, members, model).exchange(bodies))
-        updates = [
-            codec.decode_update(reply.body, codec.ExpectedUpdate(reply.client, round, fingerprint, {}))
-            for reply in replies
-        ]
+        expected = [codec.ExpectedUpdate(reply.client, round, fingerprint, {}) for reply in replies]
+        updates = [codec.decode_update(reply.body, one) for reply, one in zip(replies, expected, strict=True)]
         assert [update.arrays for update in updates] == [{}] * len(members)
         state = method.aggregate(state, updates, round, model)
     assert method.library_prompts(state) == {}
@@ -275,10 +269,8 @@ def test_singly_and_in_lock_step_agree(method, model):
     state = small.first_state(method, single)
     for round in (1, 2):
         orders = orders_of(method, single, state, round)
-        ours = {
-            name: run_queries(model, execute_assignment(method, client, orders[name]))
-            for name, client in single.items()
-        }
+        works = {name: execute_assignment(method, client, orders[name]) for name, client in single.items()}
+        ours = {name: run_queries(model, work) for name, work in works.items()}
         works = {name: execute_assignment(method, client, orders[name]) for name, client in together.items()}
         theirs = dict(run_queries_lockstep(QueryEngine(model.backbone), works))
         assert ours.keys() == theirs.keys()
@@ -287,9 +279,8 @@ def test_singly_and_in_lock_step_agree(method, model):
             assert update.arrays.keys() == theirs[name].arrays.keys()
             assert all(small.close(array, theirs[name].arrays[key]) for key, array in update.arrays.items())
             kept = together[name].client_state
-            assert all(
-                small.close(array.float(), kept[key].float()) for key, array in single[name].client_state.items()
-            )
+            own = {key: array.float() for key, array in single[name].client_state.items()}
+            assert all(small.close(array, kept[key].float()) for key, array in own.items())
         state = method.aggregate(state, list(ours.values()), round, model)
 
 

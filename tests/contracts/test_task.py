@@ -124,15 +124,12 @@ def test_records_without_a_target_are_predicted(task, model):
     assert task.predict(answer, batch) == task.predict(known, batch)
 
 
-@pytest.mark.parametrize(
-    ("name", "wrong", "words"),
-    [
-        ("classification", "god", r"unknown label 'god'; did you mean 'good'\? Known: bad, good.*task\.labels"),
-        ("regression", "four", r"'four' is no number"),
-        ("regression", True, r"True is no number"),
-        ("multiple_choice", 2, r"2 is none of the options"),
-    ],
-)
+@pytest.mark.parametrize(("name", "wrong", "words"), [
+    ("classification", "god", r"unknown label 'god'; did you mean 'good'\? Known: bad, good.*task\.labels"),
+    ("regression", "four", r"'four' is no number"),
+    ("regression", True, r"True is no number"),
+    ("multiple_choice", 2, r"2 is none of the options"),
+])  # fmt: skip
 def test_a_target_that_is_none_names_the_record(model, name, wrong, words):
     task = BUILDERS[name]()
     fields = {"text": "a film", "target": wrong, "options": ["good", "bad"]}
@@ -146,10 +143,8 @@ def test_a_target_that_is_none_names_the_record(model, name, wrong, words):
 def test_a_number_that_is_a_label_is_one(model):
     config = {"name": "classification", "labels": {"0": "bad dull", "1": "good fine"}}
     task = build_task(config)
-    assert task.targets([Record("a", {"text": "x", "target": 1}), Record("b", {"text": "y", "target": "0"})]) == [
-        "1",
-        "0",
-    ]
+    one, other = Record("a", {"text": "x", "target": 1}), Record("b", {"text": "y", "target": "0"})
+    assert task.targets([one, other]) == ["1", "0"]
 
 
 def test_a_tuned_head_travels_with_the_prompt_and_gets_gradients(name, model):
@@ -183,9 +178,8 @@ def test_what_a_task_says_of_itself_builds_it_again(task, model):
     again = build_task(told)
     assert again.to_config() == task.to_config()
     prompt = small.start(model, task)
-    query, other = (
-        Query(prompt.vectors_PD[None], one.encode(records(task), model.backbone, prompt)) for one in (task, again)
-    )
+    batches = (of.encode(records(task), model.backbone, prompt) for of in (task, again))
+    query, other = (Query(prompt.vectors_PD[None], batch) for batch in batches)
     ours, theirs = model.answer([query, other])
     assert small.close(ours.loss_KB, theirs.loss_KB)
 

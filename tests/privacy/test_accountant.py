@@ -135,9 +135,8 @@ def profile(rate: float, multiplier: float, size: int, e: float) -> float:
     without = norm.pdf(x, 0, multiplier)
     weights = binom.pmf(range(size + 1), size, rate)
     with_ = sum(weight * norm.pdf(x, place, multiplier) for place, weight in enumerate(weights))
-    return max(
-        float(np.trapezoid(np.maximum(p - math.exp(e) * q, 0.0), x)) for p, q in ((with_, without), (without, with_))
-    )
+    pairs = ((with_, without), (without, with_))
+    return max(float(np.trapezoid(np.maximum(p - math.exp(e) * q, 0.0), x)) for p, q in pairs)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 10])
@@ -262,13 +261,10 @@ def test_opacus_agrees(plan):
     assert epsilon([line], DELTA) == pytest.approx(theirs, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("name", "epsilon", "delta"),
-    [
-        *(("epsilon", epsilon, 1e-5) for epsilon in (1e-9, 1000, 1e9)),
-        *(("delta", 2, delta) for delta in (1e-13, 0.5, 0.9)),
-    ],
-)
+@pytest.mark.parametrize(("name", "epsilon", "delta"), [
+    *(("epsilon", epsilon, 1e-5) for epsilon in (1e-9, 1000, 1e9)),
+    *(("delta", 2, delta) for delta in (1e-13, 0.5, 0.9)),
+])  # fmt: skip
 def test_a_budget_beyond_what_can_be_computed_is_refused_with_the_range(name, epsilon, delta):
     least, most = EPSILONS if name == "epsilon" else DELTAS
     with pytest.raises(PrivacyError, match=rf"privacy.{name} = .*{least:g} to {most:g}"):

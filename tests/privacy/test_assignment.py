@@ -437,11 +437,8 @@ def test_the_noise_of_a_total_has_the_deviation_that_is_paid_for(member):
     seen = []
     session.noise.add_gaussian = lambda values, deviation: seen.append(deviation) or values
     assert session.weight == pytest.approx(MARGIN * RECORDS, rel=1e-5)
-    assert (
-        seen
-        == [session.costs[0].noise_multiplier]
-        == [mechanism.cost(ReleaseKind.STATISTIC, "weight").noise_multiplier]
-    )
+    price = mechanism.cost(ReleaseKind.STATISTIC, "weight")
+    assert seen == [session.costs[0].noise_multiplier] == [price.noise_multiplier]
     assert session.costs[0].sampling_rate == 1.0
 
 
@@ -512,8 +509,7 @@ def test_queries_never_see_a_batch_that_was_not_paid_for(member, model):
 def test_two_methods_of_one_round_do_not_share_their_noise(model):
     client = small.clients(model, small.method("fedavg"), 1)["site-0"]
     zeros = torch.zeros(6)
-    first, again, other = (
-        client.noise_source(name, 1).add_gaussian(zeros, 1.0) for name in ("fedavg", "fedavg", "ficpd")
-    )
+    sources = (client.noise_source(name, 1) for name in ("fedavg", "fedavg", "ficpd"))
+    first, again, other = (source.add_gaussian(zeros, 1.0) for source in sources)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -39,9 +39,7 @@ class Silent:
         return values
 
 
-def noised(
-    stream=None, rate: float = 0.5, epsilon: float | None = None, ledger: Ledger | None = None
-) -> CentralGaussian:
+def noised(stream=None, rate: float = 0.5, epsilon: float | None = None, ledger: Ledger | None = None):
     account = (ledger or Ledger(":memory:", "a run")).account("server", Budget(epsilon, DELTA))
     price = PrivacyCost("sum", rate, MULTIPLIER)
     return CentralGaussian(price, CLIP, EXPECTED, stream or (lambda round: SeededNoise("central", round)), account)
@@ -185,9 +183,8 @@ def federation(model, rate: float = 0.6, epsilon: float | None = None, ledger: L
     mechanism = client_gaussian.build(config, plan)
     members = small.clients(model, method, mechanism=mechanism, ledger=ledger)
     account = ledger.account("server", Budget(epsilon, DELTA))
-    central = CentralGaussian(
-        mechanism.cost(ReleaseKind.SUM), CLIP, 5 * rate, lambda round: SeededNoise("server", round), account
-    )
+    streams = (lambda round: SeededNoise("server", round), account)
+    central = CentralGaussian(mechanism.cost(ReleaseKind.SUM), CLIP, 5 * rate, *streams)
     return method, members, Watching(small.engine(method, members, model)), central
 
 

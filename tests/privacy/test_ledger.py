@@ -254,9 +254,8 @@ def test_costs_of_two_units_do_not_come_into_one_ledger(path, first, second):
     ledger = Ledger(path, "a run")
     ledger.account("north", FREE, "one", Unit(first)).commit(1, "fedavg", [STEPS], b"")
     other = ledger.account("north", FREE, "two", Unit(second))
-    with pytest.raises(
-        LedgerError, match=f"north counts what was spent for one {first}, and this is for one {second}: "
-    ):
+    said = f"north counts what was spent for one {first}, and this is for one {second}: "
+    with pytest.raises(LedgerError, match=said):
         other.commit(1, "fedavg", [STEPS], b"")
     assert other.spent() == [STEPS]
     other.commit(1, "fedavg", [], b"free")
@@ -268,11 +267,8 @@ def test_costs_of_two_units_do_not_come_into_one_ledger(path, first, second):
 def test_a_release_beyond_the_budget_is_refused_in_words_and_nothing_is_written(path):
     account = Ledger(path, "a run").account("north", budget(2))
     account.commit(1, "fedavg", [RELEASE, RELEASE], b"two")
-    spent, allowed, after = (
-        account.epsilon(),
-        account.budget.epsilon,
-        accountant.epsilon([RELEASE._replace(count=3)], DELTA),
-    )
+    spent, allowed = account.epsilon(), account.budget.epsilon
+    after = accountant.epsilon([RELEASE._replace(count=3)], DELTA)
     words = f"north has spent epsilon = {spent:.4g} of {allowed:g} .*would make it {after:.4g}.*larger budget"
     for ask in (lambda: account.check_budget([RELEASE]), lambda: account.commit(2, "fedavg", [RELEASE], b"three")):
         with pytest.raises(BudgetError, match=words):

@@ -19,9 +19,7 @@ class Deaf(RecordGaussian):
     def sample(self, num_records: int, expected_batch: int, steps: int, noise: NoiseSource) -> list[Tensor]:
         return [torch.arange(2) for _ in range(steps)]
 
-    def noisy_mean(
-        self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale: Tensor | None = None
-    ) -> Tensor:
+    def noisy_mean(self, values_KB: Tensor, expected_batch: int, noise: NoiseSource, grad_scale=None) -> Tensor:
         return torch.full((len(values_KB), *values_KB.shape[2:]), 0.01)
 
     def noisy_sum(self, name: str, chunks: Iterable[Tensor], noise: NoiseSource) -> Tensor:
