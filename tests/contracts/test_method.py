@@ -16,12 +16,13 @@ from ficpd.federation.client import Client
 from ficpd.federation.execution import execute_assignment, personal_prompt
 from ficpd.federation.method import Method
 from ficpd.federation.rounds import RoundSchedule
+from ficpd.methods.shared.readouts import BIAS, CENTRE, ROWS, SCORING, SCORING_BIAS, SHARES
 from ficpd.privacy.none import NoPrivacy
 from ficpd.registry import names
 from ficpd.types import TOKEN_DTYPE, ArraySpec, Assignment, ClientUpdate, Query, State
 
 METHODS = names("methods")
-UNSENT = ("centralized", "feddtpt", "icl", "linear_probe", "zero_shot")
+UNSENT = ("centralized", "icl", "linear_probe", "zero_shot")
 MARK, MARKED_WEIGHT = 0.125, 42.0
 
 
@@ -213,15 +214,17 @@ def test_a_site_takes_the_servers_own_orders_and_no_others(method, model):
     members = small.clients(model, method)
     state, _ = small.rounds(method, members, model)
     start, good = members["site-0"].start, method.make_assignment(state, members["site-0"].card, 3)
-    arrays, facts = good.arrays, good.facts
+    arrays, facts, learned = good.arrays, good.facts, (CENTRE, ROWS, BIAS, SHARES, SCORING, SCORING_BIAS)
     bad = [{"method": "another"}, {"round": 7}, {"round": True}, {"facts": {**facts, "rates": 0.1}}]
     bad += [{"facts": {**facts, name: value}} for name in facts for value in (float("nan"), float("inf"), -0.1, "x")]
     bad += [{"facts": {n: value for n, value in facts.items() if n != name}} for name in facts]
-    bad += [{"arrays": {**arrays, "more": start.vectors_PD}}] if arrays else []
+    bad += [{"arrays": {**arrays, "more": start.vectors_PD}}]
     bad += [{"arrays": {n: array for n, array in arrays.items() if n != name}} for name in arrays]
     for name, array in arrays.items():
         others = (array.double(), array[..., 1:], torch.zeros(()), array[None])
         bad += [{"arrays": {**arrays, name: other}} for other in others]
+        if array.is_floating_point() and name not in learned:
+            bad += [{"arrays": {**arrays, name: torch.full_like(array, 1e30)}}]
     small.refuses_all(method, start, good, *(replace(good, **change) for change in bad))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from torch import Tensor
 
 from ficpd.federation.method import Capabilities, Method
+from ficpd.federation.validation import validate_arrays
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
 from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.readouts import (
@@ -96,4 +97,4 @@ class Analytic(Method):
         return client.start
 
     def validate_assignment(self, assignment: Assignment, start: Prompt) -> None:
-        validate_readout(assignment, start.vectors_PD.shape[1], {})
+        validate_arrays(validate_readout(assignment, start.vectors_PD.shape[1], {}), {})

@@ -44,6 +44,8 @@ from ficpd.types import Answer, Assignment, Batch, ClientCard, ClientUpdate, Fed
 
 SEARCH = "search/"
 FEWEST = 4
+LARGEST_SHAPE = 1e12
+"""The largest number in a covariance that a site accepts."""
 EVERYTHING = 1 << 30  # a batch of all records
 
 
@@ -146,6 +148,8 @@ class FedBpt(Method):
         validate_norm(start.vectors_PD + space.lift(assignment.arrays["mean"]), start, "mean")
         if not 0 < assignment.facts["sigma"] < 1e6:
             raise CodecError(f"the assignment's 'sigma' is {assignment.facts['sigma']}, expected in 0..1e6, exclusive")
+        if not bool((assignment.arrays["shape_lower"].abs() <= LARGEST_SHAPE).all()):
+            raise CodecError(f"the assignment's 'shape_lower' has numbers beyond {LARGEST_SHAPE:g}, or none")
 
     def _fitness(self, client: ClientContext, candidates_KN: Tensor, batch: Batch) -> Generator[Query, Answer, Tensor]:
         """Returns the candidates' fitness [K]: the ratio of the mean losses, or the mean loss."""

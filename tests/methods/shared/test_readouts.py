@@ -14,7 +14,16 @@ from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
 from ficpd.methods.shared import class_totals, readouts
 from ficpd.methods.shared.class_totals import CLASSES, left_out_readouts, row_norm, split_totals
-from ficpd.methods.shared.readouts import CENTRE, COUNTS, NOISE_OF_TOTALS, ROWS, SCORING, TEXT, learn_readouts, totals_spec
+from ficpd.methods.shared.readouts import (
+    CENTRE,
+    COUNTS,
+    NOISE_OF_TOTALS,
+    ROWS,
+    SCORING,
+    TEXT,
+    learn_readouts,
+    totals_spec,
+)
 from ficpd.privacy import record_gaussian
 from ficpd.types import ClientCard, ClientUpdate, ClientWorkload, FederationInfo, Record, State
 
