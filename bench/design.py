@@ -5,7 +5,7 @@ python bench/design.py methods|rounds|shape|epsilon|attacks|server
 
 `methods`: FICPD, FPL, the rivals that the designs name, and rivals without prompts, on medical abstracts under label skew,
 XNLI in 15 languages, PAWS-X in 7, PubMedQA, and MedMCQA by specialty: accuracy, the worst clients, who is worse off,
-gaps between groups, bytes, and the accuracy after each round. `rounds`: FICPD ended after one, two and eight rounds, and
+gaps between groups, bytes, and the accuracy after each round. `rounds`: FICPD ended after one and two rounds, and
 FedAvg after eight, on the records of `compare.py joining`. `shape`: prompt length, compressed length and number of
 prototypes on five tasks. `epsilon`: ε = 1, 2, 4 on the records of `compare.py private`. `attacks`: who was a member, by
 what a library answers. `server`: one prompt, prototypes, and what is distilled or meta-learned from them.
@@ -75,7 +75,7 @@ E5_RATE = 10.0
 """Of the found rate, as in `exams.py`."""
 ROUNDS = 4
 STEPS = {"local_steps": 4, "batch_size": 16}
-ENDED = (("fedavg", 8), ("ficpd", 8), ("ficpd", 1), ("ficpd", 2))
+ENDED = (("fedavg", 8), ("ficpd", 1), ("ficpd", 2))
 """Runs of `rounds`: a method, and its number of rounds."""
 LENGTHS, DIMENSIONS, NUMBERS = (10, 20, 50), (64, 256, None), (5, 10, 20)
 BUDGETS = (1.0, 2.0, 4.0, None)

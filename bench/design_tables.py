@@ -99,21 +99,22 @@ def fairness() -> str:
 def rounds() -> str:
     """A line a run: the mean client of each column, its seconds as a share of FedAvg's (mean over all), bytes."""
     runs = load("design_rounds")
-    columns = [f"{task}, {said}" for task in ("polarity", "abstracts", "clinc") for said in ("alike", "skewed")]
-    longest = max(int(cell.rpartition(", ")[2]) for cell in runs if ", fedavg, " in cell)
+    columns = list(dict.fromkeys(", ".join(cell.split(", ")[:2]) for cell in runs))
+    ended = list(dict.fromkeys(cell.partition(", ")[2].partition(", ")[2] for cell in runs))
     rows = []
-    for method, number in dict.fromkeys(tuple(cell.split(", ")[2:]) for cell in runs):
-        cells = [runs[f"{column}, {method}, {number}"] for column in columns]
-        against = [runs[f"{column}, fedavg, {longest}"] for column in columns]
+    for run in ended:
+        cells = [runs[f"{column}, {run}"] for column in columns]
+        rivals = [runs[f"{column}, {ended[0]}"] for column in columns]
         shares = [
-            f["seconds"] / rival[seed]["seconds"]
-            for cell, rival in zip(cells, against, strict=True)
-            for seed, f in cell.items()
+            figures["seconds"] / rival[seed]["seconds"]
+            for cell, rival in zip(cells, rivals, strict=True)
+            for seed, figures in cell.items()
         ]
-        sent = fmean(f["bytes up"] for cell in cells for f in cell.values())
+        method, _, number = run.partition(", ")
         said = f"{METHODS[method]}, {number} round{'s' * (number != '1')}"
+        sent = fmean(figures["bytes up"] for cell in cells for figures in cell.values())
         rows.append([said, *(spread(cell, "own") for cell in cells), f"{fmean(shares):.2f}", shown_bytes(sent)])
-    return drawn(["", *columns, "seconds (FedAvg's: 1)", "bytes up a client, in all"], rows)
+    return drawn(["", *columns, "seconds (the first row: 1)", "bytes up a client, in all"], rows)
 
 
 def shape() -> str:

@@ -12,7 +12,8 @@ from ficpd.interfaces import Backbone
 from ficpd.types import EncodedInput, padded_length
 
 Item = TypeVar("Item")
-Key, Value = TypeVar("Key", bound=Hashable), TypeVar("Value")
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 UNBATCHED = 1
 """A chunk size that gives every row its own forward pass: its result is then independent of all other records."""
 
