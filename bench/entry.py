@@ -33,8 +33,7 @@ def curve(built, layer: int, rate: float, steps: int, every: int, batch: int, te
     )
     records = pooled.test[:tested]
     test, targets = built.task.encode(records, built.model.backbone, start), built.task.targets(records)
-    built.model.kept.states.clear()
-    built.model.kept.size = 0
+    built.model.kept.clear()
     rms = float(start.vectors_PD.square().mean().sqrt())
     prompt, memory, seconds, points = start.vectors_PD, {}, 0.0, []
     for part in range(steps // every):

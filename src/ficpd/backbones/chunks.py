@@ -60,6 +60,11 @@ class BoundedCache(Generic[Key, Value]):
                     found[key] = self.values[key][0]
         return found
 
+    def clear(self) -> None:
+        with self.lock:
+            self.values.clear()
+            self.size = 0
+
     def keep(self, key: Key, value: Value, nbytes: int) -> None:
         with self.lock:
             if key in self.values:
