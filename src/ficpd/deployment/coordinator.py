@@ -5,6 +5,7 @@ every round, from which `--resume` goes on. What each site spent is in its own l
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -156,8 +157,11 @@ class Sites(Clients):
         return self.engine
 
     def after_round(self, run: Runner, done: Round) -> None:
-        """Raises `RunError` if every site refused the first round; a resumed run begins with it again."""
-        if done.round == 1:
+        """Raises `RunError` if every site answered the first round with an error; a resumed run begins with it again.
+
+        A site that was not reached is no reason, nor is a secure sum that lost too many.
+        """
+        if done.round == 1 and all(re.match(r"\w+Error\b", reason) for reason in done.dropped.values()):
             require_updates(run.method.name, done, UNSAVED)
 
     def evaluate(self, run: Runner) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from ficpd.experiments.runner import run
 from ficpd.experiments.setup import build_method, build_schedule
 from ficpd.federation import codec
 from ficpd.federation.codec import SiteRequest
+from ficpd.federation.rounds import Round
 from ficpd.library.library import PromptLibrary
 from ficpd.methods.fedavg import FedAvg
 from ficpd.privacy.noise import SecureNoise
@@ -131,6 +133,19 @@ def test_run_coordinator_of_a_refused_first_round_saves_no_library_and_can_resum
     with grids.sites(one, methods=("fedavg",)) as found:
         result = coordinate(found, True)
     assert (result.num_rounds, result.dropped_updates) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "reason", ["no reply", "site-0 is not connected", "Flower: code 3", "the round is void: 2 left"]
+)
+def test_after_round_without_a_sites_error_goes_on(reason):
+    clients = coordinator.Sites(None, ("", ""), print)  # type: ignore[arg-type]
+    run = SimpleNamespace(method=SimpleNamespace(name="fedavg"))
+    lost = Round(1, 2, 0, {"site-0": reason, "site-1": reason}, 0, 0, 0.0, 0.0)
+    clients.after_round(run, lost)
+    with pytest.raises(RunError, match="site-0: CodecError: no"):
+        clients.after_round(run, replace(lost, dropped=dict.fromkeys(lost.dropped, "CodecError: no")))
+    clients.after_round(run, replace(lost, round=2, dropped=dict.fromkeys(lost.dropped, "CodecError: no")))
 
 
 @pytest.mark.parametrize("simulated", [True, False])
