@@ -13,7 +13,7 @@ from ficpd.backbones.query_engine import QueryEngine, set_single_threaded_forwar
 from ficpd.experiments.config import read
 from ficpd.experiments.runner import run
 
-set_single_threaded_forward()  # as every run does; two test processes with two threads each take five times as long
+set_single_threaded_forward()  # as every run does: threads of two test processes would spin on the same cores
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Prompts of words: what a client's choice goes by, what many words become, and what of it leaves."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,19 @@ def members(model: QueryEngine, method, mechanism=None, count: int = 4, own_kind
 def accuracy(model: QueryEngine, client, ids_P1: torch.Tensor) -> float:
     query = Query(ids_P1[None], client.encoded("test"), loss=is_wrong)
     return 1 - float(model.answer([query])[0].loss_KB.mean())
+
+
+@pytest.mark.parametrize("ids", [-1, 10**6])
+def test_local_update_of_ids_that_are_no_words_fails_before_a_record_is_sampled(model, ids):
+    method = small.method("feddtpt", TRAINING)
+    own = members(model, method)
+    assignment = method.make_assignment(small.first_state(method, own), next(iter(own.values())).card, 1)
+    assignment = replace(assignment, arrays={"prompt": torch.full((len(START), 1), ids)})
+    method.validate_assignment(assignment, own["site-0"].start)  # which knows no vocabulary
+    session = ClientSession(own["site-0"], 1)
+    session.batches = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(BackboneError, match="token ids"):
+        next(method.local_update(session, assignment))
 
 
 def test_words_are_found_by_accuracy_alone_and_together_they_beat_the_average_clients(model):

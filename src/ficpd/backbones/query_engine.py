@@ -57,8 +57,7 @@ class QueryEngine:
     memory runs out all the same, the rows are halved and tried again.
     checkpoint: whether blocks are computed again in the backward; None: where memory is short.
 
-    Outputs of rows are kept, because evaluations ask about the same prompts and records again: half of the quick start's
-    rows without gradients are repetitions.
+    On a CPU, outputs of rows are kept, because evaluations ask about the same prompts and records again (`OutputCache`).
 
     exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
     products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
@@ -114,21 +113,10 @@ class QueryEngine:
         overhead = virtual + queries[0].max_new_tokens
         alone = self.exact and (queries[0].max_new_tokens > 0 or any(query.loss for query in queries))
         tokens = UNBATCHED if alone else self.chunk_tokens
-        keys = self.outputs.keys(queries, [(row.query, row.candidate, row.record) for row in rows])
-        known = self.outputs.find(keys)
-        new = [r for r in range(len(rows)) if not known or keys[r] not in known]
-        places = list(bucket_by_shape(new, lambda r: rows[r].shape, tokens, overhead))
-        parts = [[rows[r] for r in part] for part in places]
-        forward = partial(self._forward_exact if self.exact else self._forward, queries)
-        numbers = self._each(forward, parts, queries[0].batch)
-        if keys and numbers:
-            self.outputs.keep_rows([keys[r] for part in places for r in part], join_outputs([n[2] for n in numbers]))
-        if known:
-            places.append([r for r in range(len(rows)) if keys[r] in known])
-            numbers.append(self._known(queries, [rows[r] for r in places[-1]], [known[keys[r]] for r in places[-1]]))
+        places, numbers = self._compute(queries, rows, tokens, overhead)
         losses, grads, outputs = zip(*numbers, strict=True)
         write = partial(self._written, queries)
-        texts = [text for part in parts for half in self._halved(write, part) for text in half]
+        texts = [text for part in places for half in self._halved(write, [rows[r] for r in part]) for text in half]
         back = torch.tensor([r for part in places for r in part]).argsort()
         loss_R = torch.cat(losses)[back.to(losses[0].device)]
         grad_RPD = torch.cat(grads)[back.to(loss_R.device)] if queries[0].grad else None
@@ -140,11 +128,25 @@ class QueryEngine:
             first += len(query.prompts_KPD) * len(query.batch)
         return answers
 
-    def _known(self, queries: list[Query], part: list[Row], outputs: list[ModelOutput]) -> Numbers:
-        """Returns the numbers of rows whose outputs are known."""
-        joined = join_outputs(outputs)
-        with torch.no_grad():
-            return self._losses(queries, part, joined), None, joined
+    def _compute(
+        self, queries: list[Query], rows: list[Row], tokens: int, overhead: int
+    ) -> tuple[list[list[int]], list[Numbers]]:
+        """Returns the places of rows that were computed together, and their numbers; last the rows of known outputs."""
+        keys = self.outputs.keys(queries, [(row.query, row.candidate, row.record) for row in rows])
+        known = self.outputs.find(keys)
+        new = [r for r in range(len(rows)) if not known or keys[r] not in known]
+        places = list(bucket_by_shape(new, lambda r: rows[r].shape, tokens, overhead))
+        forward = partial(self._forward_exact if self.exact else self._forward, queries)
+        numbers = self._each(forward, [[rows[r] for r in part] for part in places], queries[0].batch)
+        if keys and numbers:
+            self.outputs.keep_rows([keys[r] for part in places for r in part], join_outputs([n[2] for n in numbers]))
+        if known:
+            places.append([r for r in range(len(rows)) if keys[r] in known])
+            outputs = join_outputs([known[keys[r]] for r in places[-1]])
+            with torch.no_grad():
+                loss_R = self._losses(queries, [rows[r] for r in places[-1]], outputs)
+            numbers.append((loss_R, None, outputs))
+        return places, numbers
 
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
         """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""

@@ -198,10 +198,10 @@ def validate_initial_prompt(start: Prompt, task: Task, backbone: Backbone, promp
     length. Far outside the backbone's range, rounding makes records depend on one another.
     """
     vectors_PD, enters_at, head_rows = start.vectors_PD, start.enters_at, start.head_rows
-    given = "tokens" if not vectors_PD.is_floating_point() else "lora" if enters_at == LORA else "soft"
-    if given != prompt_type:
-        raise CodecError(f"the initial prompt is of type {given!r}, expected the method's {prompt_type!r}")
-    if given == "tokens":
+    kind = "tokens" if not vectors_PD.is_floating_point() else "lora" if enters_at == LORA else "soft"
+    if kind != prompt_type:
+        raise CodecError(f"the initial prompt is of type {kind!r}, expected the method's {prompt_type!r}")
+    if kind == "tokens":
         _validate_words(start, backbone)
         return
     if vectors_PD.dtype != torch.float32 or vectors_PD.dim() != 2 or vectors_PD.shape[1] != backbone.width:

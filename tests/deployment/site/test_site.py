@@ -2,7 +2,8 @@
 
 import json
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -361,40 +362,36 @@ def test_a_search_has_no_more_generations_than_the_policy_has_steps(tmp_path, op
         own.handle(train(orders[0], said))
 
 
-def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
-    own.handle(train(orders[0], said))
-    own.close()
-    ledger = tmp_path / "site-0" / LEDGER
-    copy = {file.name: file.read_bytes() for file in ledger.parent.glob(LEDGER + "*")}
-    own = site(noised, "site-0", tmp_path)
-    own.handle(train(orders[1]))
-    own.close()
-    for file in ledger.parent.glob(LEDGER + "*"):
+@contextmanager
+def older_copy(folder: Path) -> Iterator[None]:
+    """Puts the ledger back afterwards, as it is now."""
+    copy = {file.name: file.read_bytes() for file in folder.glob(LEDGER + "*")}
+    yield
+    for file in folder.glob(LEDGER + "*"):
         file.unlink()
     for name, body in copy.items():
-        (ledger.parent / name).write_bytes(body)
+        (folder / name).write_bytes(body)
+
+
+def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
+    orders, said = begun(noised)
+    with closing(site(noised, "site-0", tmp_path)) as own:
+        own.handle(train(orders[0], said))
+    with older_copy(tmp_path / "site-0"), closing(site(noised, "site-0", tmp_path)) as own:
+        own.handle(train(orders[1]))
     with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were carried out"):
         site(noised, "site-0", tmp_path)
 
 
 def test_an_older_copy_without_an_assignment_that_failed_is_refused(noised, tmp_path, monkeypatch):
     """It may have failed because of the records, so that it must not be tried again."""
-    own, (orders, said) = site(noised, "site-0", tmp_path), begun(noised)
-    own.handle(train(orders[0], said))
-    own.close()
-    ledger = tmp_path / "site-0" / LEDGER
-    copy = {file.name: file.read_bytes() for file in ledger.parent.glob(LEDGER + "*")}
-    own = site(noised, "site-0", tmp_path)
-    with monkeypatch.context() as broken:
-        broken.setattr(type(own.model), "answer", lambda *_: 1 / 0)
+    orders, said = begun(noised)
+    with closing(site(noised, "site-0", tmp_path)) as own:
+        own.handle(train(orders[0], said))
+    with older_copy(tmp_path / "site-0"), closing(site(noised, "site-0", tmp_path)) as own:
+        monkeypatch.setattr(type(own.model), "answer", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             own.handle(train(orders[1]))
-    own.close()
-    for file in ledger.parent.glob(LEDGER + "*"):
-        file.unlink()
-    for name, body in copy.items():
-        (ledger.parent / name).write_bytes(body)
     with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were carried out"):
         site(noised, "site-0", tmp_path)
 
