@@ -42,6 +42,7 @@ def minilm_run(tmp_path_factory) -> Path:
         "partition.concentration=1.0", "partition.min_records=100",
         "training.local_steps=2", "training.batch_size=10", "training.learning_rate=0.035",
         "federation.num_rounds=10", "federation.clients_per_round=8", "backbone.dtype=float32",
+        "privacy.name=record_gaussian", "privacy.epsilon=2",
     ]  # fmt: skip
     run(read("quickstart", changes), folder)
     return folder

@@ -27,7 +27,8 @@ ADDING = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs"
 TOUR = [
     "quickstart", "-q", "-s", 'backbone={name="tiny",dtype="float32"}', "-s", "method.name=fedavg", "-s", "baselines=[]",
     "-s", 'partition={kind="iid",num_clients=3}', "-s", "data.max_records=400", "-s", "federation.num_rounds=1",
-    "-s", "privacy.epsilon=2", "-s", "compression.name=none", "-s", "training.optimizer=adam",
+    "-s", "privacy.name=record_gaussian", "-s", "privacy.epsilon=2", "-s", "compression.name=none",
+    "-s", "training.optimizer=adam",
 ]  # fmt: skip
 PAGES = [
     *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md")),

@@ -39,7 +39,8 @@ def test_an_audit_finds_a_canary_of_a_step_over_all_records(tmp_path):
     """The canary is in every run with it: 2,000 runs tell them from those without, by less than the run states."""
     changes = [
         "method.name=fedavg", "baselines=[]", "data.max_records=800", "partition.num_clients=4",
-        "federation.num_rounds=1", "training.batch_size=400", "privacy.epsilon=4",
+        "federation.num_rounds=1", "training.batch_size=400",
+        "privacy.name=record_gaussian", "privacy.epsilon=4",
     ]  # fmt: skip
     run(read("quickstart", changes), tmp_path / "run")
     found = audit_run(tmp_path / "run", shadows=2, members=100, canaries=0)
