@@ -250,18 +250,21 @@ def _distilled(cell: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def defaults() -> str:
-    """A line for each method with its own defaults, of many tasks: the mean client, each task's, and the seeds."""
+    """A line for each method with its own defaults, of many tasks: the mean client, the mean of tasks, each task's, and the
+    seeds."""
     cells = json.loads((RESULTS / "library_defaults.json").read_text())["cells"]
-    rows = [["", "mean client", *GROUPS.values(), "bytes up, a round", "seeds"], ["---"] * (len(GROUPS) + 4)]
+    heads = ["", "mean client", "mean of tasks", *GROUPS.values(), "bytes up, a round", "seeds"]
+    rows = [heads, ["---"] * len(heads)]
     best = max(cell["mean client"]["mean"] for name, cell in cells.items() if "," not in name)
     for name, cell in cells.items():
         method, comma, rest = name.partition(",")
         mean = cell["mean client"]
         own = f"{mean['mean']:.1f}" + (f" ± {mean['sd']:.1f}" if mean["n"] > 1 else "")
         own = f"**{own}**" if not comma and mean["mean"] == best else own
-        tasks = [f"{cell[group]['mean']:.1f}" for group in GROUPS]
+        tasks = [cell[group]["mean"] for group in GROUPS]
+        figures = [f"{value:.1f}" for value in (fmean(tasks), *tasks)]
         rows.append(
-            [f"{NAMES[method]}{comma}{rest}", own, *tasks, shown_bytes(cell["bytes up"]["mean"]), str(mean["n"])]
+            [f"{NAMES[method]}{comma}{rest}", own, *figures, shown_bytes(cell["bytes up"]["mean"]), str(mean["n"])]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
