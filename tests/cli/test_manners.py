@@ -97,6 +97,13 @@ def test_json_of_a_run_is_all_that_standard_output_has(ficpd, folder, tmp_path):
     assert "3/3 rounds" in err
 
 
+def test_without_a_terminal_a_method_without_rounds_counts_none(ficpd, folder, tmp_path):
+    lines = ficpd("run", folder / "small.toml", "--out", tmp_path / "run").said(0).splitlines()
+    begun = lines.index("   zero_shot begins")
+    assert lines[begun + 1].startswith("   zero_shot done  accuracy 0.")
+    assert lines[begun + 2] == "      fedavg 0/3 rounds"
+
+
 def test_json_of_evaluate_and_info(ficpd, folder):
     scores = json.loads(ficpd("evaluate", folder / "run", "--data", folder / "records.csv", "--json")[1])
     assert (scores["records"], scores["task"]) == (60, "classification")

@@ -87,7 +87,17 @@ def progress_bars(unit: str = " rounds") -> Iterator[Show]:
         with _bars() as show:
             yield show
     else:
-        yield lambda method, done, planned, figures: note(f"{method:>11} {done}/{planned}{unit}  {_words(figures)}")
+        yield lambda method, done, planned, figures: note(
+            f"{method:>12} {_count(done, planned, unit, figures)}  {_words(figures)}".rstrip()
+        )
+
+
+def _count(done: int, planned: int, unit: str, figures: Mapping[str, float]) -> str:
+    """
+    >>> _count(2, 5, " rounds", {}), _count(0, 0, " rounds", {}), _count(0, 0, " rounds", {"accuracy": 0.7})
+    ('2/5 rounds', 'begins', 'done')
+    """
+    return f"{done}/{planned}{unit}" if planned else "done" if figures else "begins"
 
 
 def _words(figures: Mapping[str, float]) -> str:

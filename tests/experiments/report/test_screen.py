@@ -10,11 +10,12 @@ from rich.console import Console
 import small
 from ficpd.experiments.config import read
 from ficpd.experiments.finished import FinishedRun
+from ficpd.experiments.report.blocks import Text
 from ficpd.experiments.report.screen import announcement, print_blocks, result_blocks
 
 
-def printed(blocks, width=80) -> list[str]:
-    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+def printed(blocks, width=80, terminal=False) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), force_terminal=terminal, no_color=True)
     print_blocks(console, blocks)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
@@ -40,6 +41,14 @@ def test_result_ends_with_verdict_page_and_three_commands(shown):
     assert "Joining pays 5.0 points over alone: together 69.0, alone 64.0, no prompt 49.0" in text
     assert text.index("Joining pays") < text.index("report.html") < text.index("next:")
     assert [line.split()[1] for line in shown if line.startswith("ficpd ")] == ["predict", "adapt", "audit"]
+
+
+def test_a_terminal_breaks_sentences_between_words_and_a_file_does_not():
+    said = "Joining pays 5.0 points over a local linear probe: together 69.0, alone 64.0, a local linear probe 63.0."
+    lines = printed([Text(said)], terminal=True)
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines) == said
+    assert printed([Text(said)]) == [said]
 
 
 def test_announcement_says_what_a_run_will_do(tmp_path):

@@ -30,6 +30,12 @@ def test_verdict_compares_with_the_best_of_what_a_client_has_alone():
     assert verdict([*beside, result("ficpd", 0.75)])[0].startswith("Joining changes nothing: ")
 
 
+def test_the_points_are_the_difference_of_the_figures_shown():
+    """77.46 and 74.04 differ by 3.42 and are shown as 77.5 and 74.0."""
+    said = verdict([result("local", 0.7404, clients=1), result("ficpd", 0.7746, clients=1)])[0]
+    assert said.startswith("Joining pays 3.5 points over alone: together 77.5, alone 74.0 (")
+
+
 def test_a_private_run_below_no_prompt_says_so_and_what_helps():
     beside = [result("zero_shot", 0.8)]
     said = " ".join(verdict([*beside, result("ficpd", 0.7, epsilon=2.0)]))

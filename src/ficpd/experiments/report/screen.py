@@ -56,7 +56,7 @@ def print_blocks(console: Console, blocks: Iterable[Block]) -> None:
             _print_table(console, block)
         elif isinstance(block, Text):
             style = "bold red" if block.alarm else "bold" if block.strong else ""
-            console.print(escape(block.words), style=style, highlight=False, soft_wrap=True)
+            console.print(escape(block.words), style=style, highlight=False, soft_wrap=not console.is_terminal)
         elif isinstance(block, KeyValues):
             for name, value in block.pairs:
                 console.print(f"[bold]{escape(name)}:[/] {escape(value)}", highlight=False, soft_wrap=True)

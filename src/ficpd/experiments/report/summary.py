@@ -35,9 +35,12 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
     sentences = [said]
     if federated and rivals:
         name, best = max(rivals.items(), key=lambda item: sign * mean(item[1]))
-        gap, points = sign * (mean(own) - mean(best)), " points" if percent else ""
-        paid = f"Joining pays {main.shown(gap)}{points} over {name}" if gap > 0 else "Joining does not pay"
-        sentences = [f"{paid if float(main.shown(gap)) else 'Joining changes nothing'}: {said}"]
+        gap, points = (
+            sign * (float(main.shown(mean(own))) - float(main.shown(mean(best)))),
+            " points" if percent else "",
+        )
+        paid = f"Joining pays {gap:.{main.digits}f}{points} over {name}" if gap > 0 else "Joining does not pay"
+        sentences = [f"{paid if gap else 'Joining changes nothing'}: {said}"]
         if not any(RIVALS[name] in rivals for name in ALONE):
             sentences = [f"Whether joining pays is open, for no client was tuned alone: {said}"]
     if federated and (alone := [by_method[n].scores.per_client for n in ALONE if n in by_method]):
