@@ -66,7 +66,8 @@ def joining(args: argparse.Namespace) -> None:
         axes.plot([alone, together], [-place, -place], color="#999999", linewidth=3, zorder=1)
         axes.scatter([alone], [-place], color="#d55e00", s=45, label="alone" if not place else None)
         axes.scatter([together], [-place], color="#0072b2", s=45, label="together, with FICPD" if not place else None)
-        axes.annotate(f"+{together - alone:.1f}", (together, -place), (7, -3), textcoords="offset points", fontsize=9)
+        gain = round(together, 1) - round(alone, 1)  # as the table shows them
+        axes.annotate(f"{gain:+.1f}", (together, -place), (7, -3), textcoords="offset points", fontsize=9)
     sent = found["conditions"][0]["methods"]["ficpd"]["bytes_up"] / clients
     axes.set_yticks([-place for place in range(len(FIRST))], FIRST)
     axes.set_xlabel(

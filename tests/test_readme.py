@@ -1,5 +1,6 @@
 """What the pages show is what was measured."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,36 @@ def test_the_tables_of_methods_are_those_of_the_results(tmp_path):
     for page in PAGES:
         embellished = page, "\n| FICPD | ", "\n| FICPD | 9"
         assert checked(embellished, root=tmp_path / Path(page).stem) == 1
+
+
+def rows_of(page: str) -> dict[str, dict[str, float]]:
+    """The README's table of results: its accuracies by method and column."""
+    lines = page.split("<!-- compare first -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+    heads, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+    return {name: dict(zip(heads[1:-1], map(float, cells[:-1]), strict=True)) for name, *cells in rows}
+
+
+def test_the_sentences_of_the_first_page_are_the_differences_of_its_figures():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    of = rows_of(page)
+    own, alone, probe = of["FICPD"], of["local only"], of["a local linear probe"]
+    ridge = {name: value - own[name] for name, value in of["analytic (one ridge head from sums)"].items()}
+    assert f"{ridge['CLINC']:.1f} points ahead on CLINC\nand {ridge['abstracts']:.1f} on abstracts" in page
+    assert f"FICPD is {-ridge['polarity']:.1f} ahead on polarity" in page
+    assert all(max(row[name] for row in of.values()) == own[name] for name in own if "skewed" in name)
+    picture = (ROOT / "docs/img/joining.svg").read_text(encoding="utf-8")
+    gains = [f"+{own[name] - max(alone[name], probe[name]):.1f}" for name in own]
+    assert re.findall(r"<!-- ([+].*) -->", picture) == gains
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_demo_has_one_result(page):
+    """The gain over a probe and over no prompt, and the clients that are worse off."""
+    first, told = ((ROOT / name).read_text(encoding="utf-8").replace("\n", " ") for name in ("README.md", page))
+    together, probe = re.search(r"together ([\d.]+), .*? linear probe ([\d.]+), ", first).groups()
+    everyone, none = (
+        float(re.search(rf" {name} +[\d.]+ +[\d.]+ +([\d.]+)", first)[1]) for name in ("ficpd", "zero_shot")
+    )
+    assert f"Joining pays {float(together) - float(probe):.1f} points over a local linear probe" in told
+    assert f"Somebody without records gains {everyone - none:.1f} " in told
+    assert "11 of 300 clients" in told or "Of 300 clients, 11 are" in told
