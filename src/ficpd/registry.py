@@ -47,6 +47,9 @@ OWN: dict[str, str] = {}
 """The files of modules with dotted names, and the part that each is: `metric 'mylab.kappa'`."""
 OUTSIDE = ("metrics", "partitions", "sources")
 """Registries whose entries are all outside the package."""
+SETTINGS = {"methods": "method.name", "tasks": "task.name", "privacy": "privacy.name", "compression": "compression.name",
+            "optimizers": "training.optimizer", "engines": "engine.name"}  # fmt: skip
+"""The setting that names an entry of a registry."""
 EXTRAS = {"flower": "flower", "generation": "generation", "vision": "images"}
 """Entries that import packages that the core does not need, and the extra that has them."""
 
@@ -90,7 +93,10 @@ def load(kind: str, name: str) -> ModuleType:
             f"{kind.removesuffix('s')} {name!r}: expected the dotted name of a module, such as mylab.{name}"
         )
     if name not in names(kind):
-        raise ConfigError(did_you_mean(kind.removesuffix("s"), name, names(kind)))
+        what, homes = kind.removesuffix("s"), [setting for other, setting in SETTINGS.items() if name in names(other)]
+        if homes:
+            raise ConfigError(f"unknown {what} {name!r}; did you mean {homes[0]} = {name!r}?")
+        raise ConfigError(did_you_mean(what, name, names(kind)))
     extra = needs(f"{kind.removesuffix('s')} {name!r}", EXTRAS[name]) if name in EXTRAS else nullcontext()
     with extra:
         return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")
@@ -200,8 +206,9 @@ def _complaint(model: type[BaseModel], problem: Mapping[str, Any], where: str) -
     if path:
         place = f"{where}.{path}" if ":" in where else f"{where}: {path}"
     if kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
-        key = "KEY" if path else next(iter(model.model_fields))
-        return _expected("a table", place, given, f"{{ {key} = ... }}")
+        key, field = ("KEY", None) if path else next(iter(model.model_fields.items()))
+        value = f'"{given}"' if isinstance(given, str) and field and field.annotation is str else "..."
+        return _expected("a table", place, given, f"{{ {key} = {value} }}")
     if kind == "too_short":
         return f"{place} = {given!r:.80}: expected {problem['ctx']['min_length']} entries or more, not {len(given)}"
     if kind in ("tuple_type", "list_type"):
