@@ -144,6 +144,14 @@ def test_the_plan_counts_each_clients_own_rounds(tmp_path):
     assert result.dropped_updates == 0
 
 
+@pytest.mark.parametrize("mechanism", ["record_gaussian", "client_gaussian", "shared_gaussian"])
+def test_a_client_that_is_never_invited_stops_no_run_and_spends_nothing(tmp_path, mechanism):
+    changes = [f"privacy.name={mechanism}", "privacy.delta=1e-3", "privacy.epsilon=2", "federation.clients_per_round=2"]
+    alone = ["privacy.max_colluding=0", "privacy.max_lost=0"] if mechanism == "shared_gaussian" else []
+    sites = small.run(tmp_path, "fedavg", *changes, *alone, rounds=1).privacy.epsilon_of_sites
+    assert sorted(epsilon > 1.9 for epsilon in sites.values()) == [False] * (len(sites) - 2) + [True] * 2
+
+
 def test_a_noise_multiplier_states_what_it_costs(tmp_path):
     block = small.run(tmp_path, "fedavg", *RECORD, "privacy.noise_multiplier=3.0").privacy
     assert block.budget is None

@@ -209,6 +209,12 @@ def test_a_plan_that_no_noise_makes_cheap_enough_says_so():
         calibrate(1.0, DELTA, lambda z: [PrivacyCost("update", 1.0, min(z, 2.0))])
 
 
+@pytest.mark.parametrize("costs", [[], [PrivacyCost("prompt", 0.5, 1.0, 0)]])
+def test_a_plan_without_a_release_is_refused(costs):
+    with pytest.raises(PrivacyError, match="releases nothing"):
+        calibrate(1.0, DELTA, lambda z: costs)
+
+
 def test_shares_name_each_line_and_sum_to_one():
     found = cost_shares([*PLANS["with a total"], PrivacyCost("prompt", 0.1, 1.2, 2)], DELTA)
     assert [(s["name"], s["releases"]) for s in found] == [("prompt", 42), ("weight", 1)]

@@ -106,10 +106,12 @@ def calibrate(target: float, delta: float, costs_at: Callable[[float], Sequence[
     """Finds a noise multiplier at which `costs_at(multiplier)` costs about 99 to 100 % of `target`, and never more.
 
     Returns `LEAST_MULTIPLIER` if the plan costs less than the target even then. Raises `PrivacyError` beyond
-    `EPSILONS` and `DELTAS`, and if no multiplier up to a million is enough.
+    `EPSILONS` and `DELTAS`, if no multiplier up to a million is enough, and for a plan without a release.
     """
     check_range("epsilon", target, EPSILONS)
     check_range("delta", delta, DELTAS)
+    if not any(cost.count for cost in costs_at(1.0)):
+        raise PrivacyError("this plan releases nothing, so no noise follows from a budget; plan at least one round")
     return _calibrated(target, delta, _Plan(costs_at))
 
 

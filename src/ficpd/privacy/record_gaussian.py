@@ -45,11 +45,15 @@ def build(config: Config, plan: ClientWorkload) -> "RecordGaussian":
 
 
 def planned(config: Config, plan: ClientWorkload) -> tuple[float, dict[str, PrivacyCost], list[PrivacyCost]]:
-    """Returns the noise multiplier of a step, the costs of the statistics by name, and all costs of the plan."""
+    """Returns the noise multiplier of a step, the costs of the statistics by name, and all costs of the plan.
+
+    A client that is never invited is planned as if it took part once.
+    """
     shares = {**plan.totals, **plan.once, **config.statistics}
     taken = sum(shares.values())
     if any(not 0 < share < 1 for share in shares.values()) or taken >= 1:
         raise PrivacyError(f"privacy.statistics = {shares}: each share must lie above 0, and together below 1")
+    participations = max(plan.participations, 1)
     what = "records of a site" if plan.num_subjects is None else "subjects of a site"
     settings.warn_of_delta(config.delta, plan.num_units, what)
 
@@ -58,14 +62,14 @@ def planned(config: Config, plan: ClientWorkload) -> tuple[float, dict[str, Priv
 
         n releases of it need √n times that noise.
         """
-        whole = multiplier / max(plan.sampling_rate, 1e-6) / max(plan.steps * plan.participations, 1) ** 0.5
-        times = {name: max(plan.participations, 1) if name in plan.totals else 1 for name in shares}
+        whole = multiplier / max(plan.sampling_rate, 1e-6) / max(plan.steps * participations, 1) ** 0.5
+        times = {name: participations if name in plan.totals else 1 for name in shares}
         return {
             n: PrivacyCost(n, 1.0, whole * ((1 - taken) / s * times[n]) ** 0.5, times[n]) for n, s in shares.items()
         }
 
     def costs(multiplier: float) -> list[PrivacyCost]:
-        count = plan.steps * plan.participations
+        count = plan.steps * participations
         steps = [PrivacyCost("prompt", plan.sampling_rate, multiplier, count)] if count else []
         return [*steps, *statistics(multiplier).values()]
 
