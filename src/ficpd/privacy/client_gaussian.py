@@ -43,7 +43,8 @@ def build(config: Config, plan: ClientWorkload) -> "ClientGaussian":
     def costs(multiplier: float) -> list[PrivacyCost]:
         if config.placement == "central":
             return [PrivacyCost("sum", plan.cohort_rate, multiplier, plan.num_rounds)]
-        return [PrivacyCost("update", 1.0, multiplier, max(plan.participations, 1))]  # never invited: planned as if once
+        count = max(plan.participations, 1)  # a client that is never invited is planned as if it took part once
+        return [PrivacyCost("update", 1.0, multiplier, count)]
 
     multiplier = settings.calibrate_noise(config, costs)
     return ClientGaussian(config, multiplier, costs(multiplier))
