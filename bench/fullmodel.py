@@ -53,10 +53,9 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().float() for name, weight in model.named_parameters()}
 
 
-def lora_of_peft(model: nn.Module) -> dict[str, Tensor]:
-    names = sorted({name.rpartition(".")[2] for name in lora.Adapters(model, 1).modules})
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names)
-    return peft.get_peft_model_state_dict(peft.get_peft_model(copy.deepcopy(model), config))
+def lora_of_peft(backbone: Any) -> dict[str, Tensor]:
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[*lora.lora_of(backbone).modules])
+    return peft.get_peft_model_state_dict(peft.get_peft_model(copy.deepcopy(backbone.model), config))
 
 
 def count(cells: Cells, name: str) -> None:
@@ -66,7 +65,7 @@ def count(cells: Cells, name: str) -> None:
     travels = {
         "full model, 32 bit": lambda: whole(backbone.model),
         f"lora, rank {RANK}, 32 bit": lambda: {"delta": rows_PD},
-        f"lora, rank {RANK}, 32 bit, by peft": lambda: lora_of_peft(backbone.model),
+        f"lora, rank {RANK}, 32 bit, by peft": lambda: lora_of_peft(backbone),
         f"prompt, {TOKENS} tokens, 32 bit": lambda: {"delta": prompt_PD},
         f"prompt, {NUMBERS} numbers, 32 bit": lambda: {"delta": torch.zeros(NUMBERS)},
         f"prompt, {NUMBERS} numbers, 8 bit": lambda: {

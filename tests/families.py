@@ -373,8 +373,7 @@ def lora_off(backbone: Any, model: Any) -> float | None:
     adapters = backbone.adapters
     if not adapters.modules:
         return None
-    names = sorted({name.rpartition(".")[2] for name in adapters.modules})
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=names)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[*adapters.modules])
     theirs: Any = peft.get_peft_model(copy.deepcopy(model), config).eval()
     begin_PD = adapters.start(2, 1)
     rows_SPD = torch.randn(2, *begin_PD.shape, generator=torch.Generator().manual_seed(2)) / 4

@@ -7,16 +7,17 @@ its own, so that their gradients are per record after one ordinary backward.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from ficpd import rng
+from ficpd.backbones.projections import linear_sizes
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
 from ficpd.types import LORA
@@ -24,23 +25,25 @@ from ficpd.types import LORA
 SCALE = 2.0
 """PEFT's `lora_alpha / r`, of which 16 and 8 are usual. To tune it is roughly to tune the learning rate (section 4.1)."""
 
-TARGETS = ("query", "value", "q_proj", "v_proj", "qkv")
-FUSED = ("q", "v", "q_lin", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "in_proj", "value_proj")
-"""Names for models without any of `TARGETS`. The fused ones hold queries, keys and values at once. In DeBERTa only
-values change, because its queries and keys also read relative positions, which belong to no sequence."""
-
 
 class Adapters:
-    """The linear modules of a model that LoRA changes: those named in `TARGETS`, in the model's order."""
+    """The linear modules of a model that LoRA changes: its query and value projections, in the model's order.
 
-    def __init__(self, model: nn.Module, width: int):
-        found = [
-            {name: part for name, part in model.named_modules() if name.rpartition(".")[2] in names and _sizes(part)}
-            for names in (TARGETS, FUSED)
-        ]
-        self.modules: Mapping[str, Any] = found[0] or found[1]
-        self.width, self.lock = width, threading.RLock()
-        self.per_rank = sum(sum(_sizes(module)) for module in self.modules.values())
+    find: gives the modules by name, on their first use.
+    """
+
+    def __init__(self, find: Callable[[], Mapping[str, nn.Module]], width: int):
+        self.find, self.width, self.lock = find, width, threading.RLock()
+
+    @cached_property
+    def modules(self) -> Mapping[str, Any]:
+        with self.lock:
+            return self.find()
+
+    @cached_property
+    def per_rank(self) -> int:
+        """The numbers of A and B together for each rank."""
+        return sum(sum(linear_sizes(module)) for module in self.modules.values())
 
     def parameters(self, rank: int) -> int:
         """Counts the numbers of A and B together, as PEFT does: without the zeros at the end of rows."""
@@ -50,7 +53,7 @@ class Adapters:
         """Makes weights [P, D] without effect, as PEFT does: A uniform within 1/√in (kaiming), B zero."""
         random, parts = rng.make_generator(seed, "lora"), []
         for module in self.modules.values():
-            inputs, outputs = _sizes(module)
+            inputs, outputs = linear_sizes(module)
             drawn = 2 * torch.rand(rank, inputs, generator=random) - 1
             parts += [drawn.flatten() / inputs**0.5, torch.zeros(rank * outputs)]
         flat = torch.cat(parts)
@@ -72,7 +75,7 @@ class Adapters:
         rank, flat, place, found = self.rank(rows), rows.flatten(-2), 0, {}
         for name, module in self.modules.items():
             parts = []
-            for size in _sizes(module):
+            for size in linear_sizes(module):
                 parts.append(flat[..., place : place + rank * size].unflatten(-1, (rank, size)))
                 place += rank * size
             found[name] = parts[0], parts[1]
@@ -89,13 +92,6 @@ class Adapters:
             yield
 
 
-def _sizes(module: Any) -> tuple[int, ...]:
-    """Returns the widths in and out of a linear module, of torch or of GPT-2; none of another module."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else ()
-
-
 def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
     """Returns a forward hook that adds each sequence's own `SCALE` B A x."""
 
@@ -107,12 +103,19 @@ def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
     return hook
 
 
+def short_names(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Returns PEFT's `target_modules` for modules: the ends of their names, or whole names where others end so too."""
+    ends = {name.rpartition(".")[2] for name in names}
+    alike = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return sorted(ends if alike == set(names) else names)
+
+
 def lora_of(backbone: Backbone) -> Adapters:
     """Raises `BackboneError` for a kind of backbone whose weights cannot be changed."""
     if backbone.adapters is None or not backbone.adapters.modules:
         raise BackboneError(
-            f"{backbone.name} has no LoRA: its kind of backbone names no query and value projections. Use an encoder, a "
-            "masked_lm or a causal_lm, or a method that tunes prompts (fedavg, ficpd, ...)"
+            f"{backbone.name} has no LoRA: no linear layer of it is a query or value projection of each row. Use another "
+            "backbone, or a method that tunes prompts (fedavg, ficpd, ...)."
         )
     return backbone.adapters
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from logging import ERROR
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from ficpd.backbones.devices import copy_to
 from ficpd.backbones.frozen import FrozenModel
+from ficpd.backbones.guards import parameters
 from ficpd.backbones.lora import Adapters
+from ficpd.backbones.projections import find_projections
 from ficpd.backbones.quantization import (
     Quantization,
     prepare_quantized,
@@ -175,7 +178,7 @@ class TextModel(Tokenised):
         self.frozen.most = self.context
         self.max_tokens = min(max_tokens, self.context)
         self.device, self.dtype = self.frozen.device, self.frozen.dtype
-        self.adapters = Adapters(model, self.width)
+        self.adapters = Adapters(partial(_projections, model, self.frozen.sample_ids()[0]), self.width)
         self.vocabulary = self.words = TokenizerVocabulary(tokenizer, self.frozen.embed, len(self.frozen.table.weight))
 
     def layered(self, model: Any) -> Any:
@@ -208,6 +211,13 @@ class TextModel(Tokenised):
 
     def _index(self, ids: Sequence[int]) -> Tensor:
         return copy_to(torch.tensor(ids, dtype=torch.long), self.device)
+
+
+def _projections(model: Any, ids_T: Tensor) -> dict[str, nn.Module]:
+    ids_ST = torch.stack([ids_T, ids_T.flip(0)])
+    known = {"input_ids": ids_ST, "decoder_input_ids": ids_ST, "use_cache": False}
+    given = {name: value for name, value in known.items() if name in parameters(type(model))}
+    return find_projections(model, lambda: model(**given))
 
 
 def context(model: Any) -> int:

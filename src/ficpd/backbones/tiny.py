@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ficpd import rng
 from ficpd.backbones.lora import Adapters
+from ficpd.backbones.projections import find_projections
 from ficpd.backbones.vocabulary import validate_ids
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
@@ -99,7 +100,8 @@ class Tiny(Backbone):
         self.blocks.to(device, dtype).eval().requires_grad_(False)
         self.model = self.blocks
         self.fingerprint = f"tiny:{config.width}x{config.depth}"
-        self.adapters = Adapters(self.blocks, self.width)
+        sample_STD = self.table[:18].view(2, 9, -1)
+        self.adapters = Adapters(partial(_projections, self.blocks, sample_STD), self.width)
 
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
@@ -161,3 +163,12 @@ class Tiny(Backbone):
 
     def checkpoint_blocks(self, on: bool) -> None:
         self.checkpointed = on
+
+
+def _projections(blocks: nn.ModuleList, states_STD: Tensor) -> dict[str, nn.Module]:
+    def forward() -> None:
+        states, mask_ST = states_STD, torch.ones(states_STD.shape[:2], dtype=torch.bool, device=states_STD.device)
+        for block in blocks:
+            states = block(states, mask_ST)
+
+    return find_projections(blocks, forward)

@@ -14,6 +14,7 @@ features and head rows all have the width D.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ficpd.backbones.devices import copy_to
 from ficpd.backbones.guards import FAILURES, Guarded, difference, find_blocks, parameters, watch
 from ficpd.backbones.lora import Adapters
 from ficpd.backbones.pretrained import Loader, LoadingConfig
+from ficpd.backbones.projections import find_projections
 from ficpd.errors import BackboneError
 from ficpd.interfaces import Backbone
 from ficpd.types import EncodedInput, ModelOutput
@@ -165,7 +167,7 @@ class Vision(Backbone):
         self.max_tokens = self.length + MOST
         self.fingerprint = f"vision:{identity}:{size}"
         self.device, self.dtype = model.device, model.dtype
-        self.adapters = Adapters(self.tower, self.width)
+        self.adapters = Adapters(partial(_projections, self.frozen), self.width)
         self.has_text_encoder = tokenizer is not None
         self.scale, self.projection_ND = SCALE, None
         if self.has_text_encoder:
@@ -270,6 +272,10 @@ class Vision(Backbone):
         images = [item.content.open() for item in items]
         pixels = self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"]
         return copy_to(pixels, self.device, self.dtype)
+
+
+def _projections(frozen: FrozenTower) -> dict[str, torch.nn.Module]:
+    return find_projections(frozen.body, lambda: frozen.look(frozen._noise))
 
 
 def _room_for_prompt(module: Any, args: Any, kwargs: Any, bias_1HTT: Tensor) -> Tensor:

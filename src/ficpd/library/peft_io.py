@@ -93,10 +93,11 @@ def export(library: PromptLibrary, name: str, folder: Path, base: str) -> None:
     """
     folder, prompt = Path(folder), checked_for_peft(library, name)
     kind, config = checked_target(library, folder, base)
+    adapters = _adapters(library) if prompt.enters_at == LORA else None
     staging = folder.with_name(folder.name + ".writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    _write(prompt, kind, config, base, staging)
+    _write(prompt, kind, config, base, staging, adapters)
     if learned := _learned(library, name):
         save_file(learned, staging / LEARNED)
     for file in staging.iterdir():
@@ -176,7 +177,15 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
     return kind, config
 
 
-def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> None:
+def _adapters(library: PromptLibrary) -> lora.Adapters:
+    """Loads the library's backbone, whose forward says which modules its LoRA weights belong to."""
+    config = backbone_config(library).model_copy(update={"dtype": "float32", "attention": "eager"})
+    return lora.lora_of(load_backbone(config, EngineConfig())[0])
+
+
+def _write(
+    prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path, adapters: lora.Adapters | None = None
+) -> None:
     """Saves the prompt or LoRA weights with PEFT, on a model without weights."""
     with needs("a PEFT folder", "peft"):
         import peft
@@ -188,8 +197,8 @@ def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> 
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             empty = getattr(transformers, kind.auto).from_config(config)
-        if prompt.enters_at == LORA:
-            model = _with_lora(empty, vectors_PD, common)
+        if adapters is not None:
+            model = _with_lora(empty, vectors_PD, adapters, common)
         else:
             tuning = peft.PromptTuningConfig(
                 num_virtual_tokens=len(vectors_PD), token_dim=vectors_PD.shape[1], num_transformer_submodules=1,
@@ -202,12 +211,11 @@ def _write(prompt: Prompt, kind: Kind, config: Any, base: str, folder: Path) -> 
         model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def _with_lora(empty: Any, rows_PD: torch.Tensor, common: Mapping[str, Any]) -> Any:
+def _with_lora(empty: Any, rows_PD: torch.Tensor, adapters: lora.Adapters, common: Mapping[str, Any]) -> Any:
     import peft
 
-    places = lora.Adapters(empty, rows_PD.shape[1])
-    rank, names = places.rank(rows_PD), sorted({name.rpartition(".")[2] for name in places.modules})
-    parts = places.split(rows_PD)
+    rank, parts = adapters.rank(rows_PD), adapters.split(rows_PD)
+    names = lora.short_names(empty, parts)
     tuning = peft.LoraConfig(r=rank, lora_alpha=round(lora.SCALE * rank), target_modules=names, **common)
     model: Any = peft.get_peft_model(empty, tuning)
     for name, (down_RN, up_RN) in parts.items():
