@@ -5,7 +5,7 @@ Pre-norm blocks, bidirectional, mean pooling; weights drawn from a fixed seed, s
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -166,9 +166,5 @@ class Tiny(Backbone):
 
 
 def _projections(blocks: nn.ModuleList, states_STD: Tensor) -> dict[str, nn.Module]:
-    def forward() -> None:
-        states, mask_ST = states_STD, torch.ones(states_STD.shape[:2], dtype=torch.bool, device=states_STD.device)
-        for block in blocks:
-            states = block(states, mask_ST)
-
-    return find_projections(blocks, forward)
+    mask_ST = torch.ones(states_STD.shape[:2], dtype=torch.bool, device=states_STD.device)
+    return find_projections(blocks, lambda: reduce(lambda states, block: block(states, mask_ST), blocks, states_STD))
