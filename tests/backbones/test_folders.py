@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import families
 import small
 from ficpd.backbones import catalog, causal_lm, masked_lm, sentence_encoder, seq2seq, vision, weights
+from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone
 from ficpd.errors import BackboneError, BackboneWarning
 
 TEXTS = ["the film was very good", "bad"]
@@ -126,6 +127,13 @@ def test_an_adapter_in_the_folder_is_refused(tmp_path):
         load(write(tmp_path, adapter_config={"peft_type": "LORA"}))
 
 
+def test_a_folder_of_nothing_but_an_adapter_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(BackboneError, match=r"holds an adapter .*merge_and_unload"):
+        load_backbone(BackboneConfig(name=str(tmp_path)), EngineConfig())
+
+
 def test_code_in_the_folder_is_never_run(tmp_path):
     folder = write(tmp_path)
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -176,6 +184,34 @@ def test_a_missing_package_is_one_sentence(tmp_path, method, packages):
     (folder / "model.safetensors").unlink()
     with pytest.raises(BackboneError, match=f"pip install {packages}`"):
         load(folder)
+
+
+@pytest.mark.parametrize(("entry", "said"), [
+    ({"quantization_config": "gptq"}, "quantization_config = 'gptq'"),
+    ({"quantization_config": {"quant_method": "own"}}, "own weights are unknown"),
+    ({"text_config": "a"}, "cannot be read as a decoder"),
+    ({"model_type": ["llama"]}, "model_type"),
+    ({"architectures": 5}, r"config\.json"),
+    ({"architectures": [5]}, "without a language head"),
+    ({"num_hidden_layers": 6}, "lacks 18 weights"),
+    ({"hidden_size": 48}, "cannot be read as a decoder"),
+])  # fmt: skip
+def test_a_configuration_that_does_not_fit_is_one_sentence(tmp_path, entry, said):
+    folder = write(tmp_path, families.DECODERS["Llama"])
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | entry))
+    with pytest.raises(BackboneError, match=said):
+        load_backbone(BackboneConfig(name=str(folder), dtype="float32", attention="eager"), EngineConfig())
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("tokenizer_config.json", b"[]"), ("tokenizer.json", b"{"), ("model.safetensors", b""),
+    ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{"), ("config.json", b"[]"),
+])  # fmt: skip
+def test_a_broken_file_is_one_sentence(tmp_path, file, content):
+    folder = write(tmp_path, families.DECODERS["Llama"])
+    (folder / file).write_bytes(content)
+    with pytest.raises(BackboneError, match=tmp_path.name):
+        load_backbone(BackboneConfig(name=str(folder), dtype="float32", attention="eager"), EngineConfig())
 
 
 def test_an_image_processor_that_needs_another_package_is_one_sentence(tmp_path):

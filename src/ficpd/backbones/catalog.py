@@ -53,12 +53,12 @@ def detect_kind(folder: Path) -> str:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
+        model_type, architectures = config.get("model_type"), [str(a) for a in config.get("architectures") or []]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise BackboneError(f"{file}: expected a transformers configuration: {error}") from error
     if (folder / "modules.json").is_file():
         return "sentence_encoder"
-    kinds = _kinds(model_type)
+    kinds = _kinds(str(model_type))
     saved = {kind for end, kind in ENDS.items() if kind in kinds and any(a.endswith(end) for a in architectures)}
     if saved:
         return saved.pop()

@@ -32,7 +32,7 @@ from ficpd.errors import BackboneError
 from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput
 
-UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
+UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError)
 """Errors of transformers on folders that are broken, need code of their own, or need a package for quantised weights."""
 
 

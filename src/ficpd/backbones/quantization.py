@@ -34,6 +34,11 @@ def require_packages(folder: Path, name: str, chosen: str | None = None) -> None
             "option out."
         )
     method = METHODS[chosen] if chosen else own
+    if own and not _is_known(own):
+        raise BackboneError(
+            f"backbone.name = {name!r}: {own} weights are unknown to the installed transformers. Use weights that are not "
+            "quantised."
+        )
     missing = [package for package in PACKAGES.get(method, ()) if find_spec(package) is None]
     if missing:
         raise BackboneError(
@@ -42,10 +47,24 @@ def require_packages(folder: Path, name: str, chosen: str | None = None) -> None
         )
 
 
+def _is_known(method: str) -> bool:
+    """Tells whether transformers reads weights of a method. It reads those of others as plain numbers."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return method in PACKAGES or method in AUTO_QUANTIZATION_CONFIG_MAPPING
+
+
 def quantized_as(folder: Path) -> str:
     """Returns the method by which the weights of a folder are quantised; empty where they are not."""
     config = json_file(folder / "config.json")
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    text = config.get("text_config")
+    found = (
+        config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None) or {}
+    )
+    if not isinstance(found, dict):
+        raise BackboneError(
+            f"{folder / 'config.json'}: quantization_config = {found!r}: expected an object. Mend the file."
+        )
     method = str(found.get("quant_method", ""))
     return "bitsandbytes" if method.startswith("bitsandbytes") or found.get("load_in_4bit") else method
 
