@@ -261,6 +261,30 @@ def test_lora_weights_become_a_lora_folder(kind, request, tmp_path):
         assert torch.allclose(ours_D, theirs_D, atol=1e-4)
 
 
+def test_lora_weights_of_a_masked_language_model_become_a_lora_folder(tmp_path):
+    """PEFT has no prompts for it. Its own logits at the mask are our answers' scores."""
+    base = tmp_path / "base"
+    families.build(families.MASKED["DistilBERT"]).save_pretrained(base)
+    families.tokenizer("masked_lm").save_pretrained(base)
+    backbone = backbone_of(base)
+    rows_PD = backbone.adapters.start(8, 0)
+    rows_PD = torch.randn(rows_PD.shape, generator=torch.Generator().manual_seed(1)) / 4
+    with pytest.raises(LibraryError, match="a masked_lm backbone has no prompt tuning in PEFT"):
+        export(library(base), "global", tmp_path / "out", str(base))
+    export(library(base, rows_PD, LORA), "global", tmp_path / "out", str(base))
+    assert "the answers' logits at the mask" in (tmp_path / "out" / "README.md").read_text()
+    model = in_peft(transformers.AutoModelForMaskedLM, base, tmp_path / "out")
+    answers, tokenizer = backbone.readout("", ["good", "bad"]), backbone.tokenizer
+    for text in TEXTS:
+        item = backbone.tokenize(text, None, "it was [MASK] fine", None, 0)
+        with prompt_or_lora(backbone, rows_PD[None], LORA) as (none, layer), torch.no_grad():
+            ours_D = backbone.forward(none, backbone.encode_prefix([item], 0), [item], layer).features_RD[0]
+            given = tokenizer(f"{text} it was {tokenizer.mask_token} fine", return_tensors="pt")["input_ids"]
+            said_V = model(input_ids=given).logits[given == tokenizer.mask_token_id][0]
+        theirs_C = said_V[tokenizer.convert_tokens_to_ids(["good", "bad"])]
+        torch.testing.assert_close(answers @ ours_D, theirs_C, atol=1e-4, rtol=1e-4)
+
+
 def test_what_lies_in_the_folder(llama, tmp_path):
     made = library(llama)
     export(made, "global", tmp_path / "out", str(llama))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ficpd.backbones import catalog, lora, weights
 from ficpd.backbones.loading import BackboneConfig, EngineConfig, load_backbone, resolve_backbone
 from ficpd.errors import BackboneError, LibraryError, needs
+from ficpd.interfaces import Backbone
 from ficpd.library.card import ADAPTED, adapted_line, began_line, describe_run, describe_shape, guarantee
 from ficpd.library.library import PromptLibrary, prompt_keys, require_new, require_standalone
 from ficpd.optimizers import LocalTrainingConfig
@@ -39,7 +40,7 @@ VECTORS = "prompt_embeddings"
 class Kind:
     """Describes how PEFT and transformers load a kind of backbone and read its answers."""
 
-    task_type: str
+    task_type: str | None
     auto: str
     reading: str
     reading_lora: str
@@ -80,20 +81,32 @@ KINDS = {
         'without LoRA (`with model.disable_adapter()`), as "INSTRUCTION ANSWER.", and compared by cosine.',
     ),
 }
+LORA_KINDS = {
+    **KINDS,
+    "masked_lm": Kind(
+        None,
+        "AutoModelForMaskedLM",
+        "",
+        "Feed it `text`, a blank and the instruction with the tokenizer's mask in the place of `[MASK]` (at the end, where\n"
+        "the instruction has none), and compare the answers' logits at the mask.",
+    ),
+}
+"""PEFT changes the weights of any model. It has prompts for its own tasks alone."""
 
 
 # ---------------------------------------------------------------- export
 
 
-def export(library: PromptLibrary, name: str, folder: Path, base: str) -> None:
+def export(library: PromptLibrary, name: str, folder: Path, base: str, backbone: Backbone | None = None) -> None:
     """Exports one prompt as a PEFT folder for the model `base` (a folder or a hub id). Writes to a staging folder,
     then renames it.
 
+    backbone: the library's, whose forward says which modules LoRA weights belong to; None: it is loaded for them.
     Raises `LibraryError` if PEFT cannot express the prompt, `base` is another model, or the folder exists.
     """
     folder, prompt = Path(folder), checked_for_peft(library, name)
-    kind, config = checked_target(library, folder, base)
-    adapters = _adapters(library) if prompt.enters_at == LORA else None
+    kind, config = checked_target(library, folder, base, prompt.enters_at)
+    adapters = lora.lora_of(backbone or _load(library)) if prompt.enters_at == LORA else None
     staging = folder.with_name(folder.name + ".writing")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -147,7 +160,7 @@ def backbone_config(library: PromptLibrary) -> BackboneConfig:
     return validate(BackboneConfig, named, "card.json: backbone")
 
 
-def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kind, Any]:
+def checked_target(library: PromptLibrary, folder: Path, base: str, enters_at: int = 0) -> tuple[Kind, Any]:
     """Returns PEFT's view of the library's backbone, and its transformers configuration.
 
     Raises `LibraryError` if `folder` exists, PEFT does not support the kind, or `base` is a folder of another model.
@@ -156,9 +169,10 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
 
     require_new(folder)
     own, named = own_base(library), resolve_backbone(backbone_config(library))[0]
-    kind = KINDS.get(named)
+    kinds, what = (LORA_KINDS, "LoRA folder") if enters_at == LORA else (KINDS, "prompt tuning")
+    kind = kinds.get(named)
     if kind is None:
-        raise LibraryError(f"a {named} backbone has no prompt tuning in PEFT; expected one of {', '.join(KINDS)}")
+        raise LibraryError(f"a {named} backbone has no {what} in PEFT; expected one of {', '.join(kinds)}")
     config = AutoConfig.from_pretrained(own, local_files_only=True)
     if Path(base).is_dir():
         try:
@@ -177,10 +191,9 @@ def checked_target(library: PromptLibrary, folder: Path, base: str) -> tuple[Kin
     return kind, config
 
 
-def _adapters(library: PromptLibrary) -> lora.Adapters:
-    """Loads the library's backbone, whose forward says which modules its LoRA weights belong to."""
+def _load(library: PromptLibrary) -> Backbone:
     config = backbone_config(library).model_copy(update={"dtype": "float32", "attention": "eager"})
-    return lora.lora_of(load_backbone(config, EngineConfig())[0])
+    return load_backbone(config, EngineConfig())[0]
 
 
 def _write(

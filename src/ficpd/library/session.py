@@ -179,19 +179,19 @@ class LibrarySession:
         """
         from ficpd.library.peft_distillation import Texts, distill_library_prompt
 
-        get_prompt(self.library, prompt)
+        enters_at = get_prompt(self.library, prompt).enters_at
         library, base = self.library, base or peft_io.own_base(self.library)
-        peft_io.checked_target(library, Path(folder), base)
+        peft_io.checked_target(library, Path(folder), base, 0 if reenter else enters_at)
         texts = None
         if data is not None:
             source = Path(data).name if isinstance(data, (str, Path)) else "records given"
             texts = Texts(read_records(data, columns, labelled=False), source)
-        self.model  # noqa: B018  checks that the backbone is the library's
+        backbone = self.model.backbone  # checks that it is the library's
         if reenter:
             library = distill_library_prompt(self, prompt, texts, **options)
             for line in peft_io.reentry_lines(library.card):
                 say(line)
-        peft_io.export(library, prompt, Path(folder), base)
+        peft_io.export(library, prompt, Path(folder), base, backbone)
         return base
 
     @property
