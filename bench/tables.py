@@ -3,7 +3,7 @@ what a library is worth to newcomers, from `results/unseen_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`, `defaults`, `design_PART`) and
+Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`, `defaults`, `shared`, `design_PART`) and
 `<!-- end -->`, and is written anew; `--check` only says if one would be another. Means over seeds of the figure in
 percent, in bold the best of a column's methods (lines left out); after it, over several seeds, the standard deviation.
 """
@@ -63,6 +63,8 @@ FIRST_METHODS = ("zero_shot", "local", "linear_probe", "analytic", "fedavg", "ce
 """Columns and lines of the README's table."""
 GROUPS = {"polarity": "polarity", "abstracts": "abstracts", "clinc": "CLINC", "sib": "SIB", "banking": "Banking"}
 """The tasks of `library_defaults`."""
+SHARED = {"shared_gaussian": "shared", "record_gaussian": "each its own"}
+"""Mechanisms of `privacy_shared`."""
 NEWCOMERS = {"languages": "a language", "domains": "a domain of polarity", "tasks": "a task of the mix"}
 """`unseen_PART`, and what was left out."""
 SHOTS = (0, 4, 16, 64)
@@ -269,6 +271,20 @@ def defaults() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def shared() -> str:
+    """A line for each run, a column for each noise and ε: the mean client's own test; in brackets one prompt, everyone's."""
+    cells = json.loads((RESULTS / "privacy_shared.json").read_text())["cells"]
+    noises = {"none": "no noise"} | {
+        f"{name}, epsilon {epsilon}": f"{said}, ε = {epsilon}" for name, said in SHARED.items() for epsilon in (4, 2, 1)
+    }
+    rows = [["", *noises.values()], ["---"] * (len(noises) + 1)]
+    for run in dict.fromkeys(name.rpartition(", ")[2] for name in cells):
+        found = [cells.get(f"{noise}, {run}") for noise in noises]
+        shown = ["–" if c is None else f"{c['own test']['mean']:.1f} ({c['accuracy']['mean']:.1f})" for c in found]
+        rows.append([run, *shown])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def written(text: str, tables: Mapping[str, str]) -> str:
     def between(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]]}\n{match[3]}" if match[2] in tables else match[0]
@@ -289,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "unseen": unseen(),
         "ablation": ablation(),
         "defaults": defaults(),
+        "shared": shared(),
         **design_tables.tables(),
     }
     before = {page: page.read_text() for page in PAGES}
