@@ -210,6 +210,13 @@ def test_a_page_can_be_read_without_script(browser, files):
         assert not view.page.locator("#theme").is_visible()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_copy_button_stands_above_its_command(browser, files, width):
+    with View(browser, files["run"], width) as view:
+        button, code = (view.page.locator(f"#run {part}").first.bounding_box() for part in (".copy", ".code code"))
+        assert button["y"] + button["height"] <= code["y"] or button["x"] >= code["x"] + code["width"]
+
+
 def test_it_prints_on_white_without_what_is_only_for_screens(browser, files, tmp_path):
     with View(browser, files["run"], scheme="dark") as view:
         page = view.page
