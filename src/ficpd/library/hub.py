@@ -51,9 +51,8 @@ def find_library(folder: str | Path, revision: str | None = None) -> Path:
     found = place / "library" if (place / "library" / CARD).exists() else place
     if not (found / TENSORS).exists():
         asked = given if on_hub else found
-        if not place.exists():
-            raise LibraryError(f"there is no folder {given}; give a run's or library's folder, or {HUB}OWNER/NAME")
-        raise LibraryError(f"{asked} holds no prompt library (no {TENSORS}); give a run's or library's folder")
+        why = f"no {TENSORS}" if place.exists() else "there is no such folder"
+        raise LibraryError(f"{asked} holds no prompt library ({why}); give a run's or library's folder")
     return found
 
 
