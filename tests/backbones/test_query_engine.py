@@ -12,7 +12,7 @@ from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape,
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
 from ficpd.errors import BackboneError
 from ficpd.tasks.build import build_task
-from ficpd.types import Answer, EncodedInput, ModelOutput, Query, Record
+from ficpd.types import Answer, EncodedInput, ModelOutput, Query, Readout, Record
 
 
 def prompts(count: int, length: int = 3, seed: int = 0, width: int = 16) -> torch.Tensor:
@@ -144,12 +144,12 @@ def widths(engine: QueryEngine, query: Query, monkeypatch) -> list[int]:
 def test_exact_independent_kernels_let_rows_share_a_forward_after_one_trial(dtype, grad, monkeypatch):
     engine = QueryEngine(small.backbone(width=64, dtype=dtype), exact=True)
     query = Query(prompts(2, width=64), batch_of(engine, small.classes()), grad=grad)
-    assert sorted(widths(engine, query, monkeypatch)) == [1] * 12 + [12]  # alone, and the trial
+    assert sorted(widths(engine, query, monkeypatch)) == [1] * 12 + [12] * 2  # the trial, and the answer
     assert widths(engine, query, monkeypatch) == [12]
     assert max(widths(engine, query._replace(loss=query.batch.task.loss), monkeypatch)) == 1
     fewer = query._replace(batch=query.batch.select([0, 1, 2]))
-    assert sorted(widths(engine, fewer, monkeypatch)) == [1] * 6 + [6]
-    assert sorted(widths(engine, query._replace(grad=not grad), monkeypatch)) == [1] * 12 + [12]
+    assert sorted(widths(engine, fewer, monkeypatch)) == [1] * 6 + [6] * 2
+    assert sorted(widths(engine, query._replace(grad=not grad), monkeypatch)) == [1] * 12 + [12] * 2
 
 
 def test_exact_rows_that_see_one_another_are_computed_alone(monkeypatch):
@@ -164,6 +164,29 @@ def test_exact_rows_that_see_one_another_are_computed_alone(monkeypatch):
     for _ in range(2):
         assert torch.equal(engine.answer([query])[0].loss_KB, expected.loss_KB)
     assert max(widths(engine, query, monkeypatch)) == 1
+
+
+@pytest.mark.parametrize("hidden", ["readout", "prior"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_exact_a_trial_does_not_depend_on_what_a_server_sends(hidden, grad, monkeypatch):
+    """A readout of zeros, or a prior that is far larger than any logit, makes all rows equal, alone and together."""
+    engine = QueryEngine(small.backbone(width=64), exact=True)
+    batch, own = batch_of(engine, small.classes()), engine.backbone.forward
+    assert batch.readout_CD is not None
+    labels = len(batch.readout_CD)
+    zeros = Readout(torch.zeros(labels, 64), torch.zeros(labels), torch.full((labels,), 1 / labels))
+    sent = batch.with_readout(zeros) if hidden == "readout" else batch.with_prior(torch.full((labels,), 1e12))
+
+    def mixing(prompts_SPD, hidden, items, layer):
+        return ModelOutput(own(prompts_SPD, hidden, items, layer).features_RD * (1 + 1e-5 * (len(items) > 1)))
+
+    monkeypatch.setattr(engine.backbone, "forward", mixing)
+    query = Query(prompts(2, width=64), batch, grad=grad)
+    expected = QueryEngine(engine.backbone, chunk_tokens=UNBATCHED).answer([query])[0]
+    engine.answer([query._replace(batch=sent)])
+    found = engine.answer([query])[0]
+    assert torch.equal(found.loss_KB, expected.loss_KB)
+    assert not grad or torch.equal(found.grad_KBPD, expected.grad_KBPD)
 
 
 def test_candidates_are_answered_in_their_order(model):

@@ -22,13 +22,12 @@ from ficpd.backbones.devices import copy_to, is_out_of_memory
 from ficpd.backbones.lora import prompt_or_lora
 from ficpd.backbones.memory import FEWEST_TOKENS, choose_chunk
 from ficpd.backbones.output_cache import OUTPUT_BYTES, OutputCache, join_outputs
+from ficpd.backbones.trials import Numbers, same_bits, with_random_numbers
 from ficpd.errors import BackboneError, BackboneWarning, ConfigError
 from ficpd.interfaces import Backbone
 from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
 Result = TypeVar("Result")
-Numbers = tuple[Tensor, Tensor | None, ModelOutput | None]
-"""Losses [R], gradients [R, P, D] and outputs of R rows."""
 THREADS = torch.get_num_threads()
 """Number of torch threads at import."""
 
@@ -61,7 +60,8 @@ class QueryEngine:
 
     exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
     products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
-    number of rows of a shape is compared once with one forward pass per row, and shared from then on if all bits agree.
+    number of rows of a shape is compared once with one forward pass per row, and shared from then on if all bits agree
+    (`trials`).
 
     Guarantees: a row of an exact engine depends on its own record and prompt alone, as far as these trials tell
     (`tests/backbones/test_query_engine.py`, `tests/contracts/test_alone.py`).
@@ -183,15 +183,22 @@ class QueryEngine:
 
     def _forward_exact(self, queries: list[Query], part: list[Row]) -> Numbers:
         """Returns the numbers of one forward pass per row, or of a common one that is known to agree."""
-        kind = *_computation(queries[0]), part[0].shape, len(part)
-        if len(part) == 1 or self.independent.get(kind):
+        if len(part) > 1 and self._is_independent(queries, part):
             return self._forward(queries, part)
+        return self._forward_alone(queries, part)
+
+    def _is_independent(self, queries: list[Query], part: list[Row]) -> bool:
+        """Tells whether rows of this shape and number agree in a common forward pass; tries it once."""
+        kind = *_computation(queries[0]), queries[0].batch.targets is None, part[0].shape, len(part)
+        if kind not in self.independent:
+            tried = [with_random_numbers(query) for query in queries]
+            self.independent[kind] = same_bits(self._forward_alone(tried, part), self._forward(tried, part))
+        return self.independent[kind]
+
+    def _forward_alone(self, queries: list[Query], part: list[Row]) -> Numbers:
         losses, grads, outputs = zip(*(self._forward(queries, [row]) for row in part), strict=True)
         grad_RPD = torch.cat(grads) if queries[0].grad else None
-        own = torch.cat(losses), grad_RPD, join_outputs(outputs) if queries[0].outputs else None
-        if kind not in self.independent:
-            self.independent[kind] = _same_bits(own, self._forward(queries, part))
-        return own
+        return torch.cat(losses), grad_RPD, join_outputs(outputs) if queries[0].outputs else None
 
     def _forward(self, queries: list[Query], part: list[Row]) -> Numbers:
         """Runs one chunk; returns losses [R], gradients [R, P, D] and outputs, the last two if requested."""
@@ -314,17 +321,6 @@ def _check_query(query: Query, backbone: Backbone) -> None:
 def _loss_key(query: Query) -> tuple:
     readout = query.batch.readout_CD
     return id(query.batch.task), id(readout), id(query.loss), query.batch.targets is None, *sorted(query.batch.extra)
-
-
-def _same_bits(one: Numbers, other: Numbers) -> bool:
-    """Whether losses, gradients and outputs of two forward passes agree to the last bit."""
-
-    def tensors(numbers: Numbers) -> list[Tensor]:
-        loss_R, grad_RPD, outputs = numbers
-        return [t for t in (loss_R, grad_RPD, *(outputs.parts() if outputs else ())) if t is not None]
-
-    pairs = zip(tensors(one), tensors(other), strict=True)
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batch:
