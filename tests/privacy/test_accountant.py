@@ -168,6 +168,21 @@ def test_a_replaced_unit_costs_more_than_one_added_or_removed():
         assert epsilon(plan, DELTA) < epsilon_replaced(plan, DELTA) < 2.5 * epsilon(plan, DELTA)
 
 
+@pytest.mark.parametrize("target", [0.01, 0.1])
+@pytest.mark.parametrize(("rate", "count"), [(0.03, 100), (0.03, 5000), (1.0, 1)])
+def test_what_others_than_the_unit_cost_is_exact_for_a_small_budget_too(target, rate, count):
+    """Much noise: the sum of many releases is nearly one Gaussian, for which two or ten units are as many sensitivities.
+
+    A unit that is replaced counts as two, up to the variance between their samples.
+    """
+    multiplier = calibrate(target, DELTA, lambda z: [PrivacyCost("prompt", rate, z, count)])
+    run = [PrivacyCost("prompt", rate, multiplier, count)]
+    gaussian = brentq(lambda z: analytic(z, DELTA) - epsilon(run, DELTA), 1.0, 2e4)
+    for size in (2, 10):
+        assert group_epsilon(run, DELTA, size) == pytest.approx(analytic(gaussian / size, DELTA), rel=0.05)
+    assert epsilon_replaced(run, DELTA) == pytest.approx(analytic(gaussian / 2, DELTA), rel=0.05)
+
+
 def test_nothing_costs_nothing_for_several_records_too():
     assert group_epsilon([], DELTA, 5) == epsilon_replaced([], DELTA) == 0.0
     assert group_epsilon([PrivacyCost("update", 1.0, 0.0)], DELTA, 5) == math.inf

@@ -23,6 +23,8 @@ FINER = (FINE, FINE / 8, FINE / 64)
 """The steps that `epsilon` tries. n releases overestimate ε by up to n steps, which matters for a small ε."""
 STEPS = 500
 """An ε of at least this many steps needs no finer ones."""
+FEW = 100
+"""The cost of a group, or of a replaced unit, is computed with finer steps if it has fewer."""
 GROUP_SIZES = (2, 5, 10)
 """Numbers of records of one person, for which a report states the cost."""
 EPSILONS, DELTAS = (0.01, 100.0), (1e-12, 0.2)
@@ -80,7 +82,8 @@ def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
 
 def epsilon_replaced(costs: Iterable[PrivacyCost], delta: float) -> float:
     """Computes the ε of the same releases for one unit that is replaced by another."""
-    return _pld(_key(costs), delta, FINE, replaced=True)
+    key = _key(costs)
+    return _refined(lambda step: _pld(key, delta, step, replaced=True), FINE, key)
 
 
 def group_epsilon(costs: Iterable[PrivacyCost], delta: float, size: int) -> float:
@@ -94,7 +97,25 @@ def group_epsilon(costs: Iterable[PrivacyCost], delta: float, size: int) -> floa
     """
     key = _key(costs)
     coarser = max(1.0, _pld(key, delta, COARSE) / 20)  # a very large loss needs no fine grid
-    return _group_pld(key, delta, size, coarser)
+    # A person's loss is about `size` times as large as a record's, and so may be the step.
+    step = coarser * size * min(5e-3, 0.05 / math.sqrt(max(_count(key), 1)))
+    return _refined(lambda step: _group_pld(key, delta, size, step), step, key)
+
+
+def _refined(cost_at: Callable[[float], float], step: float, key: Key) -> float:
+    """Computes a cost with finer steps while it is few steps, also for the releases, and they save a tenth."""
+    before = found = cost_at(step)
+    for _ in range(2):
+        enough = FEW * step * max(1.0, _count(key) * step / 2)
+        if found == 0 or (found >= enough and found >= 0.9 * before):
+            break
+        step /= 8
+        before, found = found, min(found, cost_at(step))
+    return found
+
+
+def _count(key: Key) -> int:
+    return sum(count for *_, count in key)
 
 
 def group_costs(costs: Sequence[PrivacyCost], delta: float) -> dict[int, float]:
@@ -246,7 +267,7 @@ def _pld(key: Key, delta: float, grid: float, replaced: bool = False) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _group_pld(key: Key, delta: float, size: int, coarser: float) -> float:
+def _group_pld(key: Key, delta: float, size: int, grid: float) -> float:
     from dp_accounting import GaussianDpEvent, NeighboringRelation
     from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
     from dp_accounting.pld import PLDAccountant
@@ -255,8 +276,6 @@ def _group_pld(key: Key, delta: float, size: int, coarser: float) -> float:
         return 0.0
     if any(multiplier <= 0 for _, multiplier, _ in key):
         return float("inf")
-    # A person's loss is about `size` times as large as a record's, and so may be the step of the grid.
-    grid = coarser * size * min(5e-3, max(FINE, 0.05 / math.sqrt(sum(count for _, _, count in key))))
     grid = _bounded(grid, tuple((rate, multiplier / size, count) for rate, multiplier, count in key))
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
     records = list(range(size + 1))
