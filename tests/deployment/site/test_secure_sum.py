@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import grids
 import small
@@ -21,6 +22,7 @@ from ficpd.experiments.config import Experiment, parse
 from ficpd.experiments.runner import run
 from ficpd.federation import codec
 from ficpd.federation.secure_sum import CONSENT, KEYS, MASKED, REVEAL, SHARES, VECTOR
+from ficpd.federation.secure_sum.member import Member
 from ficpd.federation.secure_sum.server import _Unmasking
 from ficpd.interfaces import ReleaseKind
 from ficpd.library.library import PromptLibrary
@@ -108,6 +110,28 @@ def test_with_too_few_sites_the_round_is_void_and_the_next_one_goes_on(tmp_path)
     assert len(void["dropped"]) == 4
     assert done == {"site-0": 2, "site-1": 2, "site-2": 1, "site-3": 2}, "a void round has spent, once"
     assert max(spent.values()) <= 4.0
+
+
+def test_a_round_with_another_sites_key_is_void_names_it_and_costs_nothing(tmp_path, monkeypatch):
+    context, advertise = build_context(experiment(tmp_path, "fedavg", *SHARED)), Member.advertise
+
+    def with_another_key(member: Member, round: int) -> Any:
+        own = member.identity
+        if (member.name, round) == ("site-3", 2):
+            member.identity = Ed25519PrivateKey.generate()
+        found = advertise(member, round)
+        member.identity = own
+        return found
+
+    monkeypatch.setattr(Member, "advertise", with_another_key)
+    with sites(context) as found:
+        result = served(context, found, tmp_path / "served", {})
+        assert result.stopped is None
+        done = {name: one.ledger.num_assignments() for name, one in found.items()}
+    lines = rounds(tmp_path / "served")
+    assert [line["updates"] for line in lines] == [4, 0, 4]
+    assert "the keys of site-3 for round 2 are not signed by site-3" in lines[1]["dropped"]["site-0"]
+    assert set(done.values()) == {2}, "rounds 1 and 3"
 
 
 @pytest.fixture(autouse=True)

@@ -199,7 +199,7 @@ class _Messages:
                 message = codec.decode_assignment(reply.body, self.backbone)
             except CodecError as error:
                 self.found.dropped[reply.client] = str(error)
-                if reply.refused:
+                if reply.refused and phase in (KEYS, VECTOR):  # other refusals are of this round alone
                     self.found.refused[reply.client] = str(error)
                 continue
             if (message.method, message.round) == (phase, self.round):  # else a late reply of an earlier exchange
