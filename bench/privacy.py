@@ -224,23 +224,21 @@ def travelling(args: argparse.Namespace) -> None:
                 cells.add(f"{name}, epsilon {epsilon}", seed, partial(trial, context, privacy, form, **training))
 
 
-SHARED_ROUNDS, SITES, EPSILONS = 10, (6, 18, 50), (1.0, 2.0, 4.0)
+SITES, EPSILONS = (6, 18, 50), (1.0, 2.0, 4.0)
 
 
 def shared(args: argparse.Namespace) -> None:
     """Each site's own noise, and noise that they share in a secure sum, by ε and number of sites."""
-    setting = f"the quick start, its own 5 rounds, and {SHARED_ROUNDS} rounds with class totals, also among other sites"
-    longer = ("method.class_totals=true", f"federation.num_rounds={SHARED_ROUNDS}")
-    cells = Cells("privacy_shared", setting)
-    runs = {"quick start": (), f"{SHARED_ROUNDS} rounds": longer}
-    runs |= {f"{sites} sites": (*longer, f"partition.num_clients={sites}") for sites in SITES}
+    cells = Cells("privacy_shared", "the quick start: 40 sites of 100 records, and other numbers of such sites")
+    runs = {"quick start": ()}
+    runs |= {f"{n} sites": (f"partition.num_clients={n}", f"data.max_records={200 * n}") for n in SITES}
     for seed in args.seeds:
-        for rounds, more in runs.items():
-            cells.add(f"none, {rounds}", seed, partial(quickstart, [f"seed={seed}", "privacy.name=none", *more]))
+        for sites, more in runs.items():
+            cells.add(f"none, {sites}", seed, partial(quickstart, [f"seed={seed}", "privacy.name=none", *more]))
             for name, epsilon in product(("shared_gaussian", "record_gaussian"), EPSILONS):
                 privacy = (f"privacy.name={name}", f"privacy.epsilon={epsilon}")
                 run = partial(quickstart, [f"seed={seed}", *privacy, *more])
-                cells.add(f"{name}, epsilon {epsilon:g}, {rounds}", seed, run)
+                cells.add(f"{name}, epsilon {epsilon:g}, {sites}", seed, run)
 
 
 def quickstart(changes: list[str]) -> dict[str, float]:
