@@ -200,6 +200,9 @@ def defaults(args: argparse.Namespace) -> None:
         context = world_of(args, seed, rate=1.0, privacy=budget, groups=sites, training=training)
         for name in ("ficpd", "local", "linear_probe", "class_means"):
             cells.add(f"{name}, 18 sites of 400, ε = 2", seed, partial(alone, context, {"name": name}))
+        summed = {**budget, "name": "shared_gaussian"}
+        context = world_of(args, seed, rate=1.0, privacy=summed, groups=sites, training=training)
+        cells.add("ficpd, 18 sites of 400, ε = 2 with shared noise", seed, partial(alone, context, {"name": "ficpd"}))
 
 
 def ablation(args: argparse.Namespace) -> None:
