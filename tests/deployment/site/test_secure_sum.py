@@ -188,11 +188,12 @@ def test_an_update_never_leaves_without_masks(shared, tmp_path):
         server.sites["site-0"].handle(train(server.orders[0], server.said))
     with pytest.raises(PolicyError, match="no keys of round 1"):
         server.vector("site-0", {})
-    adverts = server.keys()
-    server.shares(adverts)
+    shares = server.shares(server.keys())
     with pytest.raises(PolicyError, match=r"1 of 4 sites are left"):
         server.vector("site-0", {})
     assert server.spent("site-1") == 0.0
+    masked = server.vector("site-1", shares)
+    assert (masked.double().abs() > 2.0**58).double().mean() > 0.5, "a term without masks is below 2^40"
 
 
 def test_a_vector_beyond_the_budget_is_refused_when_it_is_asked_for(tmp_path):
