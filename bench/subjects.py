@@ -24,7 +24,10 @@ from measure import Cells, of_everyone, read
 LARGEST = 10
 SIZES = (2, 5, LARGEST)
 RECORDS = 4000
-CHANGES = ("partition.num_clients=10", "training.batch_size=1000", "data.split_column=split")
+CHANGES = (
+    "partition.num_clients=10", "training.batch_size=1000", "data.split_column=split",
+    "privacy.name=record_gaussian", "privacy.epsilon=2",
+)  # fmt: skip
 
 
 def table(path: Path, size: int, seed: int) -> Path:
