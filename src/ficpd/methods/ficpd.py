@@ -86,8 +86,8 @@ class Config(FrozenConfig):
     totals_share: share of a record-level budget for class totals.
     rate_multiple: factor of the learning rate in the label texts' readout.
     local_model: the client's model. "prototype": the received prompt. "heads": a mixture of that prompt, the start, and
-        heads of its own records (without a learned readout, also nearest neighbours). "mixture": also prompts that it
-        tunes alone.
+        heads of its own records (also nearest neighbours, if there is no readout that was learned without them).
+        "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": from the counts in the
         client's class totals, if a readout was learned without noise. True: from the statistic `labels`, which takes a
         share of a record-level budget.
@@ -203,10 +203,12 @@ class Ficpd(Method):
         if readout is None:
             prompts = [prompt] if torch.equal(prompt, client.start) else [prompt, client.start]
             candidates = [Candidate((one,), neighbours=True) for one in prompts]
-        elif assignment.facts["at_start"]:
-            candidates = [Candidate((client.start,), readout, scoring=scoring), Candidate((prompt,))]
         else:
-            candidates = [Candidate((prompt,), readout, scoring=scoring), Candidate((client.start,))]
+            learned, other = (client.start, prompt) if assignment.facts["at_start"] else (prompt, client.start)
+            candidates = [
+                Candidate((learned,), readout, scoring=scoring),
+                Candidate((other,), neighbours=scoring is None),
+            ]
         if self.config.local_model == "mixture" and (
             alone := (yield from tune_alone(self.training, client, assignment))
         ):

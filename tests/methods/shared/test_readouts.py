@@ -12,6 +12,7 @@ from ficpd.federation.client import ClientSession
 from ficpd.federation.execution import execute_assignment, local_model
 from ficpd.federation.rounds import RoundSchedule
 from ficpd.library.library import PromptLibrary
+from ficpd.methods import ficpd
 from ficpd.methods.shared import class_totals, readouts
 from ficpd.methods.shared.class_totals import CLASSES, left_out_readouts, row_norm, split_totals
 from ficpd.methods.shared.readouts import (
@@ -120,6 +121,21 @@ def test_a_secure_sum_makes_no_readout_without_one_client(model):
     assert ROWS in found[0.0] & found[1e-9]
     assert SCORING in found[0.0]
     assert SCORING not in found[1e-9]
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_nearest_records_join_the_mixture_unless_a_readout_leaves_them_out(model, monkeypatch, scored):
+    """Without such a readout, heads shrink towards one that knows the client's own records."""
+    if not scored:
+        monkeypatch.setattr(readouts, "MOST_SCORING", 0)
+    monkeypatch.setattr(ficpd, "weigh_candidates", lambda client, candidates: found.extend(candidates) or ())
+    method, found = small.method("ficpd"), []
+    members = small.clients(model, method)
+    state, _ = after_one_round(model, method, members, rounds=1)
+    assignment = method.make_assignment(state, members["site-0"].card, 2)
+    assert [*method.local_model(members["site-0"], assignment)] == []
+    assert [candidate.neighbours for candidate in found] == [False, not scored]
+    assert (found[0].scoring is not None) == scored
 
 
 @pytest.mark.parametrize("limit", ["MANY_RECORDS", "MOST_SCORING"])
