@@ -4,6 +4,7 @@ import os
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -97,6 +98,11 @@ class ClientStates:
     def close(self) -> None:
         if self.file:
             self.file.close()
+
+    def __del__(self) -> None:
+        """Closes the file after a run that ended with an error."""
+        with suppress(AttributeError):
+            self.close()
 
     def _keep(self, name: str, state: dict[str, Tensor]) -> None:
         """Keeps a state in memory, and drops the states used longest ago."""

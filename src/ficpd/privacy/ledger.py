@@ -192,6 +192,11 @@ class Ledger:
     def close(self) -> None:
         self.file.close()
 
+    def __del__(self) -> None:
+        """Closes the file after a run that ended with an error."""
+        with suppress(AttributeError):  # there is no file if it could not be opened
+            self.close()
+
 
 class Account:
     """One site's part of a ledger. The budget is for all of its runs; assignments and updates are of one run."""
