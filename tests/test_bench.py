@@ -277,7 +277,7 @@ def test_library(bench, sets, tmp_path):
     bench.run("library", *calls, changes=(TINY, ONE_ROUND))
     assert texts.exists()
     assert len(bench.rows("library_mixed")) == 6
-    assert len(bench.rows("library_defaults")) == 12
+    assert len(bench.rows("library_defaults")) == 13
     assert len(bench.rows("library_private")) == 9
     assert len(bench.rows("library_ablation")) == 13
     assert len(bench.rows("library_clients")) == 12
