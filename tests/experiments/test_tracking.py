@@ -3,6 +3,7 @@
 import getpass
 import json
 import sys
+import time
 from pathlib import Path
 from socket import gethostname
 from types import ModuleType, SimpleNamespace
@@ -191,16 +192,21 @@ def wandb(tmp_path, monkeypatch):
 
 
 def wandb_records(run: Path) -> list[Any]:
-    """Reads the file of a run's directory that `wandb sync` sends."""
+    """Reads the file of a run's directory that `wandb sync` sends. Its last record comes after the end of the run."""
     from wandb.proto.wandb_internal_pb2 import Record
     from wandb.sdk.internal.datastore import DataStore
 
     (file,) = (run / "track" / "wandb").glob("offline-run-*/*.wandb")
-    store, found = DataStore(), []
-    store.open_for_scan(str(file))
-    while (body := store.scan_data()) is not None:
-        found.append(Record.FromString(body))
-    store.close()
+    found: list[Any] = []
+    for _ in range(200):
+        store, found = DataStore(), []
+        store.open_for_scan(str(file))
+        while (body := store.scan_data()) is not None:
+            found.append(Record.FromString(body))
+        store.close()
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
     return found
 
 
