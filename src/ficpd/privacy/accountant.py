@@ -198,8 +198,7 @@ def _solved(
     low = high / apart  # starts with much noise: the distribution of too little noise needs too much memory
 
     def computed(multiplier: float) -> bool:
-        costs = plan.costs_at(multiplier)
-        return multiplier * MULTIPLIERS[1] > 1 and all(cost.noise_multiplier >= LEAST_MULTIPLIER for cost in costs)
+        return all(cost.noise_multiplier >= LEAST_MULTIPLIER for cost in plan.costs_at(multiplier))
 
     while computed(low) and epsilon_of(plan.costs_at(low)) <= target:
         low, high = low / apart, low

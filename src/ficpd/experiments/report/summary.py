@@ -35,10 +35,8 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
     sentences = [said]
     if federated and rivals:
         name, best = max(rivals.items(), key=lambda item: sign * mean(item[1]))
-        gap, points = (
-            sign * (float(main.shown(mean(own))) - float(main.shown(mean(best)))),
-            " points" if percent else "",
-        )
+        gap = sign * (float(main.shown(mean(own))) - float(main.shown(mean(best))))
+        points = " points" if percent else ""
         paid = f"Joining pays {gap:.{main.digits}f}{points} over {name}" if gap > 0 else "Joining does not pay"
         sentences = [f"{paid if gap else 'Joining changes nothing'}: {said}"]
         if not any(RIVALS[name] in rivals for name in ALONE):
