@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ficpd.experiments.config import Experiment
-from measure import Runs, before, parse, ratio, save
+from measure import Runs, before, parse, quietness, ratio, save
 
 DOMAINS = ["editorials", "films", "products", "tweets"]
 RATED = """
@@ -127,7 +127,7 @@ def ray(folder: Path, repeats: int, rounds: dict[int, int]) -> None:
                 of_cell = runs.setdefault(f"{rows} rows, {cell}", {})
                 if turn in of_cell:
                     continue
-                done = one(cell, rows, number, folder)
+                done = {"quiet": float(quietness()["quiet"]), **one(cell, rows, number, folder)}
                 of_cell[turn] = done | {
                     whole: round(done[of] + (10 - number) * done[later], 2) for whole, of, later in WHOLE
                 }
@@ -151,7 +151,8 @@ def _over(runs: Runs, rows: str, under: str) -> dict[str, Any]:
 def crowd() -> dict[str, Any]:
     """A process for each number of clients, all of whom take part in every round: one step of 2 records."""
     found: dict[str, Any] = {
-        "setting": "iid ratings, 12 records a client, one step of 2 records, fedavg, lock step of 64"
+        "quiet": quietness(),
+        "setting": "iid ratings, 12 records a client, one step of 2 records, fedavg, lock step of 64",
     }
     for backbone in ("tiny", "minilm"):
         found[backbone] = {}

@@ -19,7 +19,7 @@ from ficpd.backbones.causal_lm import CausalLM, Config
 from ficpd.backbones.memory import USABLE, Footprint, footprint, measure
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.types import Batch, EncodedInput, ModelOutput, Objective, Query
-from measure import medians, paired, ratio, save
+from measure import medians, paired, quietness, ratio, save
 
 TOKENS, LENGTH = 20, 64
 SEVEN: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -117,7 +117,8 @@ def main() -> None:
     model.to(torch.bfloat16)
     backbone = Numbered(Config(), model, Plain(), "random" * 3, "random decoder")
     random = torch.Generator().manual_seed(0)
-    result = {"weights": sum(p.numel() for p in model.parameters()), "dtype": "bfloat16", "attention": "sdpa"}
+    weights = sum(p.numel() for p in model.parameters())
+    result: dict[str, Any] = {"quiet": quietness(), "weights": weights, "dtype": "bfloat16", "attention": "sdpa"}
     for layer in (0, given.layers // 2):
         asked = []
         for _ in range(given.clients):

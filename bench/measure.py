@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from ficpd.backbones.autotune import machine_info
@@ -52,6 +53,27 @@ def paired(works: Mapping[str, Callable[[], object]], repeats: int = 7, device: 
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def quietness(seconds: float = 2.0) -> dict[str, float | bool]:
+    """Whether the machine is quiet enough for timings.
+
+    others: the share of the processors that other work took while this process slept. noise: the spread of twenty equal
+    matrix products, the 90th percentile over the median less 1. A machine is quiet under 5 % and 10 %.
+    """
+    psutil.cpu_percent()
+    time.sleep(seconds)
+    others = psutil.cpu_percent() / 100
+    left = torch.ones(384, 384)
+    products = paired({"product": lambda: [left.mm(left) for _ in range(100)]}, 20)["product"]
+    noise = statistics.quantiles(products, n=10)[-1] / statistics.median(products) - 1
+    found = {"load": round(os.getloadavg()[0], 2), "others": round(others, 3), "noise": round(noise, 3)}
+    quiet = others < 0.05 and noise < 0.1
+    if not quiet:
+        print(
+            f"This machine is not quiet: {found}. The seconds are not to be trusted, and the ratios little.", flush=True
+        )
+    return {**found, "quiet": quiet}
 
 
 def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from ficpd.federation.rounds import RoundSchedule, run_rounds
 from ficpd.methods import fedavg
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.types import FederationInfo
-from measure import parse, save
+from measure import parse, quietness, save
 
 TINY = """
 [backbone]
@@ -79,7 +79,8 @@ class _Timed(QueryEngine):
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=24)
-    save("overhead", overhead(options.parse_args().rounds))
+    rounds = options.parse_args().rounds
+    save("overhead", {"quiet": quietness(), **overhead(rounds)})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ficpd.privacy import none, record_gaussian
 from ficpd.privacy.ledger import Budget, Ledger
 from ficpd.registry import build_config
 from ficpd.types import Assignment, ClientCard, ClientWorkload
-from measure import medians, paired, parse, ratio, save
+from measure import medians, paired, parse, quietness, ratio, save
 from privacy import POLARITY
 
 STEPS, BATCH = 4, 32
@@ -96,6 +96,7 @@ def ours(model: QueryEngine, context: ExperimentContext, client: Client, mechani
 
 
 def main() -> None:
+    quiet = quietness()
     context = build_context(parse(POLARITY))
     shard = next(iter(context.shards.values()))
     n = len(shard.train)
@@ -143,6 +144,7 @@ def main() -> None:
         }
         seconds = paired(works, repeats=15)
     result = {
+        "quiet": quiet,
         "setting": f"MiniLM, 10 tokens at layer {context.start.enters_at}, {STEPS} steps of {BATCH} of {n} records",
         "seconds per order, median": medians(seconds),
         **{f"{name} / none": ratio(seconds, name, "none") for name in works if name != "none"},

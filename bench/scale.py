@@ -8,7 +8,6 @@ import argparse
 import csv
 import itertools
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from ficpd import rng
 from ficpd.experiments.build import build_context
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import Runner, SimulatedClients
-from measure import parse, save
+from measure import parse, quietness, save
 
 COHORT, RECORDS = 20, 4
 WORDS = {"good": ["good", "fine", "lovely", "bright"], "bad": ["bad", "dull", "awful", "grey"]}
@@ -106,7 +105,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="ficpd-scale-") as folder:
             print(json.dumps(one(given.clients[0], given.rounds, given.engine, Path(folder))))
         return
-    found = {}
+    quiet, found = quietness(), {}
     for clients in given.clients:
         command = [sys.executable, __file__, "--one", "--rounds", str(given.rounds), "--engine", given.engine]
         output = subprocess.run(
@@ -121,7 +120,7 @@ def main() -> None:
             "engine": given.engine,
             "clients a round": COHORT,
             "rounds": given.rounds,
-            "load": os.getloadavg()[0],
+            "quiet": quiet,
             "by clients": found,
         },
     )

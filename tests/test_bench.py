@@ -163,8 +163,18 @@ def bench(tmp_path) -> Bench:
 
 
 def test_engine(bench):
-    bench.run("engine", "--backbone tiny --repeats 1")
-    assert {"efficiency", "lock step", "entering in the middle"} < bench.found("engine-tiny").keys()
+    bench.run("engine", "--backbone tiny --dtypes float32 --sizes 2x1 4x2 --repeats 1 --compiled")
+    found = bench.found("engine-tiny")["float32"]
+    assert {"efficiency", "lock step", "entering in the middle"} < found.keys()
+    assert found["efficiency"].keys() == {f"layer {layer}, {size}" for layer in (0, 1) for size in ("2 x 1", "4 x 2")}
+    for cell in found["efficiency"].values():
+        assert cell["ratios"].keys() == {
+            "a forward for each thread",
+            "forwards of all threads",
+            "compiled",
+            "one padded batch",
+        }
+        assert cell["efficiency"] == min(way["median"] for way in cell["ratios"].values())
 
 
 def test_overhead(bench):
