@@ -96,7 +96,9 @@ def load(kind: str, name: str) -> ModuleType:
         what, homes = kind.removesuffix("s"), [setting for other, setting in SETTINGS.items() if name in names(other)]
         if homes:
             raise ConfigError(f"unknown {what} {name!r}; did you mean {homes[0]} = {name!r}?")
-        raise ConfigError(did_you_mean(what, name, names(kind)))
+        text = did_you_mean(what, name, names(kind))
+        own = "" if "did you mean" in text else f". A module of your own has a dotted name, such as mylab.{name}"
+        raise ConfigError(text + own)
     extra = needs(f"{kind.removesuffix('s')} {name!r}", EXTRAS[name]) if name in EXTRAS else nullcontext()
     with extra:
         return importlib.import_module(ENGINES[name] if kind == "engines" else f"ficpd.{ROOMS.get(kind, kind)}.{name}")

@@ -212,6 +212,23 @@ def test_another_module_begins_with_its_own_settings():
     assert parse(text, "x", ["method.name=ficpd"]).method["num_prototypes"] == 9
 
 
+@pytest.mark.parametrize(("before", "change", "part", "kept"), [
+    ([], "task.name=ficpd.tasks.classification", "task", {"labels": small.LABELS}),
+    (["privacy.epsilon=3"], "privacy.name=shared_gaussian", "privacy", {"epsilon": 3}),
+    (["compression.name=subspace", "compression.dimension=8"], "compression.name=none", "compression", {}),
+])  # fmt: skip
+def test_a_new_module_keeps_the_settings_that_it_has(before, change, part, kept):
+    found = dict(getattr(changed(*before, change), part))
+    assert found["name"] == change.partition("=")[2]
+    assert kept.items() <= found.items()
+    assert part != "compression" or "dimension" not in found
+
+
+def test_a_module_of_ones_own_without_a_dot_says_how_to_name_it():
+    assert "A module of your own has a dotted name, such as mylab.topk" in refused("method.name=topk")
+    assert "dotted" not in refused("method.name=fedavgg")
+
+
 @pytest.mark.parametrize("change", ["seed", "=3", ".a=3", "training.=3", "training..batch_size=3", ""])
 def test_a_change_that_is_none_is_refused(change):
     assert f"--set {change!r}: expected part.key=value" in refused(change)

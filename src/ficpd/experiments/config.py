@@ -6,6 +6,7 @@ error that names the nearest known one.
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -352,7 +353,10 @@ def parse_value(text: str) -> Any:
 
 
 def apply_override(tree: dict[str, Any], change: str) -> None:
-    """Applies `a.b=c` to `tree`; c is TOML, or else plain text."""
+    """Applies `a.b=c` to `tree`; c is TOML, or else plain text.
+
+    A change of a part's module keeps the settings that the new module has, too. A method begins with its own defaults.
+    """
     path, equals, text = change.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -365,5 +369,17 @@ def apply_override(tree: dict[str, Any], change: str) -> None:
     if keys[0] == "privacy" and keys[-1] != "name" and inner.get("name") == "none":
         inner["name"] = RECORD_LEVEL
     if keys[-1] == "name" and len(keys) == 2 and keys[0] in REGISTRIES and inner.get("name") != value:
-        inner.clear()  # the settings belong to the replaced module
+        kept = _common_settings(keys[0], value, inner)
+        inner.clear()
+        inner.update(kept)
     inner[keys[-1]] = value
+
+
+def _common_settings(part: str, name: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that the module of this name has, too. An unknown module is named later."""
+    if part == "method" or name == "none" or not isinstance(name, str):
+        return {}
+    with suppress(ConfigError):
+        fields = load(REGISTRIES[part], name).Config.model_fields
+        return {key: value for key, value in settings.items() if key in fields and key != "name"}
+    return {}

@@ -187,7 +187,8 @@ def unit_line(privacy: Mapping[str, Any]) -> str:
 def describe_run(card: Mapping[str, Any]) -> str:
     """Describes the run of a card in one phrase."""
     method, clients, rounds, seed = (card.get(key, "?") for key in ("method", "num_clients", "num_rounds", "seed"))
-    more = f", {card['prototypes']} prototypes" if "prototypes" in card else ""
+    number = card.get("prototypes")
+    more = "" if number is None else ", one prototype" if number == 1 else f", {number} prototypes"
     withheld = "seed" not in card and card.get("privacy", {}).get("noise") == "simulated"
     seed = "seed withheld, because the noise is simulated" if withheld else f"seed {seed}"
     return f"{method}, {clients} clients, {rounds} rounds, {seed}{more}"
