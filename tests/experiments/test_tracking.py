@@ -117,7 +117,7 @@ class FakeClient:
 
     kept: dict[str, Any]
 
-    def __init__(self):
+    def __init__(self, tracking_uri: str | None = None):
         FakeClient.kept = self.__dict__.setdefault("kept", {"experiments": {}, "runs": {}})
 
     def get_experiment_by_name(self, name: str) -> SimpleNamespace | None:
@@ -147,6 +147,7 @@ class FakeClient:
 def test_mlflow_is_called_as_its_documentation_says(tmp_path, monkeypatch):
     module = ModuleType("mlflow.tracking")
     module.MlflowClient = FakeClient  # type: ignore[attr-defined]
+    module.is_tracking_uri_set = lambda: True  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
     monkeypatch.setitem(sys.modules, "mlflow.tracking", module)
     with followed("mlflow", tmp_path / "run"):
@@ -161,13 +162,22 @@ def test_mlflow_is_called_as_its_documentation_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # its own, of the libraries that it is made of
-def test_mlflow_itself_takes_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("address", ["mlflow.db", None])
+def test_mlflow_itself_takes_it(tmp_path, monkeypatch, address):
+    """Without an address the figures are in the run's folder, and nothing in the current one."""
     import mlflow
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / address}")
     with followed("mlflow", tmp_path / "run"):
         small.run(tmp_path, "fedavg")
-    client = mlflow.tracking.MlflowClient()
+    assert not list(elsewhere.iterdir())
+    assert (tmp_path / "run" / "track").exists() == (not address)
+    client = mlflow.tracking.MlflowClient(f"sqlite:///{tmp_path / (address or 'run/track/mlflow.db')}")
     experiment = client.get_experiment_by_name("ficpd run")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert runs["run"].info.status == "FINISHED"

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,14 +48,29 @@ def _tensorboard(folder: Path) -> Begin:
 
 
 def _mlflow(folder: Path) -> Begin:
-    """Sends to `MLFLOW_TRACKING_URI`, else to MLflow's default store, into an experiment named after the folder."""
-    from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
+    """Sends to `MLFLOW_TRACKING_URI`, else to `track/mlflow.db` of the folder, into an experiment named after it.
 
-    client, named = MlflowClient(), f"ficpd {_name_of(folder)}"
-    known = client.get_experiment_by_name(named)
-    experiment = known.experiment_id if known else client.create_experiment(named)
+    A folder of cells is named after its comparison, which also holds the file.
+    """
+    from mlflow.tracking import MlflowClient, is_tracking_uri_set  # pyright: ignore[reportMissingImports]
+
+    @cache
+    def store() -> tuple[MlflowClient, str]:
+        """Returns the client, and the experiment's number. A file is made once there is a run, whose folder is new."""
+        address = None
+        if not is_tracking_uri_set():
+            place = _whole(folder) / "track"
+            place.mkdir(exist_ok=True)
+            address = f"sqlite:///{place / 'mlflow.db'}"
+        client, named = MlflowClient(address), f"ficpd {_whole(folder).name}"
+        known = client.get_experiment_by_name(named)
+        return client, known.experiment_id if known else client.create_experiment(named)
+
+    if is_tracking_uri_set():
+        store()  # an error before the work
 
     def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
+        client, experiment = store()
         handle = client.create_run(experiment, run_name=name).info.run_id
         for key, value in settings.items():
             client.log_param(handle, re.sub(TAKEN, "_", key), value[:LONGEST])
@@ -83,7 +99,7 @@ def _wandb(folder: Path) -> Begin:
         console="off", disable_code=True, disable_git=True, disable_job_creation=True, host="", mode=mode, program="",
         silent=True, x_disable_machine_info=True, x_disable_meta=True, x_disable_stats=True, x_save_requirements=False,
     )  # fmt: skip
-    project = user.project or "ficpd-" + re.sub(r"[^\w-]", "-", _name_of(folder))
+    project = user.project or "ficpd-" + re.sub(r"[^\w-]", "-", _whole(folder).name)
 
     def begin(name: str, run: Path, settings: Mapping[str, str]) -> Writer:
         place = run / "track"
@@ -101,9 +117,9 @@ def _wandb(folder: Path) -> Begin:
     return begin
 
 
-def _name_of(folder: Path) -> str:
-    """Returns the name of a run's folder, or of the comparison that holds the cells."""
-    return (folder.resolve().parent if folder.name == "cells" else folder.resolve()).name
+def _whole(folder: Path) -> Path:
+    """Returns a run's folder, or that of the comparison that holds the cells."""
+    return folder.resolve().parent if folder.name == "cells" else folder.resolve()
 
 
 TRACKERS = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
