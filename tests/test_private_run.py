@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import warnings
+from contextlib import closing
 from itertools import permutations
 
 import pytest
@@ -27,7 +28,7 @@ CLIENT = ("privacy.name=client_gaussian", "privacy.epsilon=8", "privacy.delta=1e
 
 
 def lines(folder) -> list[tuple]:
-    with sqlite3.connect(folder / "run" / LEDGER) as file:
+    with closing(sqlite3.connect(folder / "run" / LEDGER)) as file:
         return file.execute("select site, round, name, sampling_rate, noise_multiplier, count from costs").fetchall()
 
 
@@ -276,7 +277,7 @@ def test_a_checkpoint_that_is_behind_its_ledger_is_not_gone_on_with(tmp_path, pr
     newest = checkpoint.read_bytes()
     checkpoint.unlink()
     # as if nobody had been drawn: the server pays all the same
-    with sqlite3.connect(tmp_path / "run" / LEDGER) as file:
+    with closing(sqlite3.connect(tmp_path / "run" / LEDGER)) as file, file:
         file.execute(
             "delete from assignments where site <> 'server' and exists (select 1 from assignments where site = 'server')"
         )

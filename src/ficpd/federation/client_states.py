@@ -2,9 +2,9 @@
 
 import os
 import sqlite3
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -99,11 +99,6 @@ class ClientStates:
         if self.file:
             self.file.close()
 
-    def __del__(self) -> None:
-        """Closes the file after a run that ended with an error."""
-        with suppress(AttributeError):
-            self.close()
-
     def _keep(self, name: str, state: dict[str, Tensor]) -> None:
         """Keeps a state in memory, and drops the states used longest ago."""
         self.bytes += _size(state) - _size(self.recent.pop(name, {}))
@@ -115,6 +110,7 @@ class ClientStates:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         os.chmod(self.path.parent, 0o700)
         file = sqlite3.connect(self.path, check_same_thread=False)
+        weakref.finalize(self, file.close)  # after a run that ended with an error
         file.executescript("pragma synchronous=full;" + SCHEMA)
         return file
 

@@ -11,6 +11,7 @@ the stored bytes, at no further cost. So the ledger never states less than was r
 import json
 import os
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Ledger:
             except BaseException:
                 self.file.close()
                 raise
+        weakref.finalize(self, self.file.close)  # after a run that ended with an error
 
     def _open(self, rounds_paid: int) -> None:
         tables = {name for (name,) in self.file.execute("select name from sqlite_master where type = 'table'")}
@@ -191,11 +193,6 @@ class Ledger:
 
     def close(self) -> None:
         self.file.close()
-
-    def __del__(self) -> None:
-        """Closes the file after a run that ended with an error."""
-        with suppress(AttributeError):  # there is no file if it could not be opened
-            self.close()
 
 
 class Account:

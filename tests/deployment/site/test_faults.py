@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -314,12 +316,8 @@ def test_a_clock_that_is_a_day_off_changes_nothing_but_the_labels(places, out):
 
 
 def labels(place: Place) -> list[str]:
-    import sqlite3
-
-    with sqlite3.connect(place.config.state / LEDGER) as file:
-        found = [at for (at,) in file.execute("select at from costs order by rowid")]
-    file.close()
-    return found
+    with closing(sqlite3.connect(place.config.state / LEDGER)) as file:
+        return [at for (at,) in file.execute("select at from costs order by rowid")]
 
 
 @pytest.mark.parametrize(("ahead", "refused"), [(-86400, False), (19 * 60, False), (21 * 60, True)])
