@@ -162,18 +162,18 @@ def efficiency(
 # ---------------------------------------------------------------- lock step, and the middle
 
 
-def lock_step(built: ExperimentContext, repeats: int) -> dict:
+def lock_step(built: ExperimentContext, sizes: list[str], repeats: int) -> dict:
     """One client after another over all in one forward, for small and large shares of rows."""
     found = {}
-    for records in (1, 2, 8, 32):
-        asked = queries(built, built.start.enters_at, CLIENTS, records)
+    for clients, records in (map(int, size.split("x")) for size in sizes):
+        asked = queries(built, built.start.enters_at, clients, records)
         works = {
             "one after another": lambda asked=asked: [built.model.answer([query]) for query in asked],
             "lock step": lambda asked=asked: built.model.answer(asked),
         }
         seconds = paired(works, repeats)
         gain = ratio(seconds, "one after another", "lock step")
-        found[f"{CLIENTS} x {records}"] = {"gain": gain, "seconds": medians(seconds)}
+        found[f"{clients} x {records}"] = {"gain": gain, "seconds": medians(seconds)}
     return found
 
 
@@ -259,7 +259,7 @@ def main() -> None:
                 others["compiled"] = stack.enter_context(AllThreads(True, *here))
             measured = efficiency(built, others, [0, half], given.sizes, given.repeats)
         result[dtype] = {"attention": chosen.attention, "efficiency": measured}
-        result[dtype]["lock step"] = lock_step(built, given.repeats)
+        result[dtype]["lock step"] = lock_step(built, given.sizes, given.repeats)
         result[dtype]["entering in the middle"] = middle(built, half, given.repeats)
         result[dtype]["driven singly against lock step, relative difference"] = agreement(built)
         print(dtype, result[dtype]["lock step"], result[dtype]["entering in the middle"], flush=True)

@@ -3,9 +3,10 @@ what a library is worth to newcomers, from `results/unseen_*.json`.
 
 python bench/tables.py [--check]
 
-Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`, `defaults`, `shared`, `design_PART`) and
-`<!-- end -->`, and is written anew; `--check` only says if one would be another. Means over seeds of the figure in
-percent, in bold the best of a column's methods (lines left out); after it, over several seeds, the standard deviation.
+Each stands between `<!-- compare PART -->` (or `first`, `unseen`, `ablation`, `defaults`, `shared`, `engine`,
+`design_PART`) and `<!-- end -->`, and is written anew; `--check` only says if one would be another. Means over seeds
+of the figure in percent, in bold the best of a column's methods (lines left out); after it, over several seeds, the
+standard deviation.
 """
 
 import argparse
@@ -65,6 +66,10 @@ GROUPS = {"polarity": "polarity", "abstracts": "abstracts", "clinc": "CLINC", "s
 """The tasks of `library_defaults`."""
 SHARED = {"shared_gaussian": "shared", "record_gaussian": "each its own"}
 """Mechanisms of `privacy_shared`."""
+ENGINES = {"minilm": "MiniLM", "multilingual-e5-small": "E5", "smollm2": "SmolLM2"}
+"""Backbones of `engine-NAME`."""
+BARE = ("a forward for each thread", "forwards of all threads", "one padded batch")
+"""The bare ways of `engine-NAME`."""
 NEWCOMERS = {"languages": "a language", "domains": "a domain of polarity", "tasks": "a task of the mix"}
 """`unseen_PART`, and what was left out."""
 SHOTS = (0, 4, 16, 64)
@@ -285,6 +290,22 @@ def shared() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def engine() -> str:
+    """A line for each model, dtype and size; the bare backbone's seconds over the engine's, at layer 0 and in the middle."""
+    rows = [["clients x records", *BARE, *(f"the middle: {way}" for way in BARE)]]
+    rows.append(["---"] * len(rows[0]))
+    for name, said in ENGINES.items():
+        found = json.loads((RESULTS / f"engine-{name}.json").read_text())
+        for dtype in (key for key in found if key in ("float32", "bfloat16")):
+            cells = found[dtype]["efficiency"]
+            layers = list(dict.fromkeys(cell.partition(", ")[0] for cell in cells))
+            for size in dict.fromkeys(cell.partition(", ")[2] for cell in cells):
+                ratios = [cells[f"{layer}, {size}"]["ratios"].get(way) for layer in layers for way in BARE]
+                shown = ["–" if ratio is None else f"{ratio['median']:.2f}" for ratio in ratios]
+                rows.append([f"{said}, {dtype}, {size}", *shown])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def written(text: str, tables: Mapping[str, str]) -> str:
     def between(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]]}\n{match[3]}" if match[2] in tables else match[0]
@@ -306,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ablation": ablation(),
         "defaults": defaults(),
         "shared": shared(),
+        "engine": engine(),
         **design_tables.tables(),
     }
     before = {page: page.read_text() for page in PAGES}
