@@ -1,12 +1,19 @@
 """The main job on the real encoder and real sentences, short: it trains, and its library answers."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from ficpd.backbones.autotune import _bf16_pays
+from ficpd.backbones.query_engine import QueryEngine
 from ficpd.experiments.audit import audit_run
+from ficpd.experiments.build import build_context
 from ficpd.experiments.config import read
 from ficpd.experiments.finished import FinishedRun
 from ficpd.experiments.results import RunResult
 from ficpd.experiments.runner import run
+from ficpd.types import Query
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +31,30 @@ def test_what_a_run_says_of_itself(minilm_run):
     assert (result.privacy.unit, result.privacy.budget, result.privacy.delta) == ("record", 2.0, 1e-5)
     assert 1.9 < result.privacy.epsilon <= 2.0
     assert result.dropped_updates == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("middle", [False, True])
+def test_answer_in_a_lock_step_of_any_size_has_the_same_bits(dtype, middle):
+    """Rows of 24 clients with three records each: together, alone, by fives, and in chunks of another size."""
+    if dtype == "bfloat16" and not _bf16_pays(torch.device("cpu")):
+        pytest.skip("this processor has no units for bfloat16")
+    built = build_context(read("quickstart", [f"backbone.dtype={dtype}", "data.max_records=2000"]))
+    backbone = built.model.backbone
+    start = built.start if middle else replace(built.start, enters_at=0)
+    pool = [record for shard in built.shards.values() for record in shard.train[:3]][:72]
+    batch = built.task.encode(pool, backbone, start)
+    queries = [Query(start.vectors_PD[None], batch.select(range(n, n + 3)), grad=True) for n in range(0, 72, 3)]
+
+    def answered(size: int, chunk_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        engine = QueryEngine(backbone, chunk_tokens=chunk_tokens, reproducible=True)
+        found = [a for n in range(0, len(queries), size) for a in engine.answer(queries[n : n + size])]
+        return torch.cat([a.loss_KB for a in found]), torch.cat([a.grad_KBPD for a in found])
+
+    together = answered(24)
+    for other in (answered(1), answered(5), answered(24, 512), answered(24, 4096)):
+        assert torch.equal(other[0], together[0])
+        assert torch.equal(other[1], together[1])
 
 
 def test_an_audit_finds_no_contradiction(minilm_run):

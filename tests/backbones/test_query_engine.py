@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import small
-from ficpd.backbones import query_engine
-from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape, shape_of
+from ficpd.backbones import memory, query_engine
+from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, Shape, bucket_by_shape, shape_of
 from ficpd.backbones.query_engine import QueryEngine, run_queries, run_queries_lockstep
+from ficpd.backbones.query_rows import Row
 from ficpd.errors import BackboneError
 from ficpd.tasks.build import build_task
-from ficpd.types import Answer, EncodedInput, ModelOutput, Query, Readout, Record
+from ficpd.types import Answer, EncodedInput, ModelOutput, Query, Readout, Record, padded_length
 
 
 def prompts(count: int, length: int = 3, seed: int = 0, width: int = 16) -> torch.Tensor:
@@ -516,3 +517,43 @@ def test_drive_many_takes_works_of_any_length_and_goes_on_after_errors(model):
     assert found.pop("c") is broken
     assert all(small.close(found[name], run_queries(model, asking(batch, lengths[name]))) for name in found)
     assert list(run_queries_lockstep(model, {})) == []
+
+
+def test_a_reproducible_engine_fills_small_chunks_and_answers_the_same(model, monkeypatch):
+    """Its forwards have the positions of large products. The repeated rows are in no answer."""
+    monkeypatch.setitem(memory.LEAST_TOKENS, torch.float32, (100, 200))
+    plain, filled = QueryEngine(model.backbone), QueryEngine(model.backbone, reproducible=True)
+    assert (plain.least_tokens, plain.kept.least_tokens) == (0, 0)
+    seen, own = [], model.backbone.forward
+
+    def forward(prompts_SPD, states, items, layer):
+        longest = max(padded_length(item.length) for item in items)
+        seen.append(len(items) * (prompts_SPD.shape[1] + longest))
+        return own(prompts_SPD, states, items, layer)
+
+    queries = mixed(model)
+    expected = plain.answer(queries)
+    with monkeypatch.context() as patched:
+        patched.setattr(model.backbone, "forward", forward)
+        found = filled.answer(queries)
+    assert min(seen) >= 100
+    assert all(agree(a, b) for a, b in zip(found, expected, strict=True))
+    assert [a.loss_KB.shape for a in found] == [a.loss_KB.shape for a in expected]
+
+
+def test_an_engine_with_small_chunks_or_an_exact_one_fills_none_beyond_them(model):
+    assert QueryEngine(model.backbone, chunk_tokens=16, reproducible=True).least_tokens == 16
+    exact = QueryEngine(model.backbone, exact=True, reproducible=True)
+    assert (exact.least_tokens, exact.kept.least_tokens) == (0, 0)
+
+
+def test_chunks_of_a_shape_have_no_small_rest():
+    items = [EncodedInput(torch.zeros(8), 8)] * 9
+    chunks = list(bucket_by_shape(items, lambda item: shape_of([item]), 32))
+    assert [len(chunk) for chunk in chunks] == [3, 3, 3]
+
+
+def test_few_rows_are_spread_over_the_cores_and_many_fill_their_chunks(model, three_cores):
+    engine = QueryEngine(model.backbone)
+    row = Row(0, 0, 0, Shape(32, False, 1))
+    assert [engine._tokens([row] * rows, 8) for rows in (1, 76, 90, 1000)] == [512, 512, 600, engine.chunk_tokens]

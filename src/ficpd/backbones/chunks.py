@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -25,6 +25,10 @@ class Shape(NamedTuple):
     full: bool
     sequences: int
 
+    def positions(self, overhead: int = 0) -> int:
+        """Returns the positions of one row. overhead: virtual and written tokens of a sequence."""
+        return self.sequences * (self.padded + overhead)
+
 
 def shape_of(items: Sequence[EncodedInput]) -> Shape:
     """Returns the shape of one row's sequences, which depends on no other row."""
@@ -36,11 +40,24 @@ def shape_of(items: Sequence[EncodedInput]) -> Shape:
 def bucket_by_shape(
     items: Sequence[Item], shape: Callable[[Item], Shape], tokens: int, overhead: int = 0
 ) -> Iterator[list[Item]]:
-    """Splits items into chunks of one shape and at most `tokens` positions (one item at least)."""
+    """Splits items into chunks of one shape and at most `tokens` positions (one item at least).
+
+    Chunks of a shape differ by one item at most, so none is a small rest.
+    """
     for of, group in groupby(sorted(items, key=shape), key=shape):
         alike = list(group)
-        most = max(tokens // (of.sequences * (of.padded + overhead)), 1)
-        yield from (alike[first : first + most] for first in range(0, len(alike), most))
+        number = -(-len(alike) // max(tokens // of.positions(overhead), 1))
+        ends = [-(-len(alike) * n // number) for n in range(number + 1)]
+        yield from (alike[first:last] for first, last in pairwise(ends))
+
+
+def filled(chunk: list[Item], of: Shape, least: int, overhead: int = 0) -> list[Item]:
+    """Repeats the last item until a chunk has `least` positions. The results of the repetitions are not used.
+
+    A processor computes small matrix products by other kernels than large ones. With enough positions, a row's numbers
+    do not depend on the number of rows.
+    """
+    return chunk + chunk[-1:] * (-(-least // of.positions(overhead)) - len(chunk))
 
 
 class BoundedCache(Generic[Key, Value]):
@@ -78,9 +95,9 @@ class BoundedCache(Generic[Key, Value]):
 class HiddenStateCache(BoundedCache[tuple[EncodedInput, int], Tensor]):
     """Keeps hidden states below a prompt's layer, by item and layer."""
 
-    def __init__(self, limit_bytes: int, chunk_tokens: int):
+    def __init__(self, limit_bytes: int, chunk_tokens: int, least_tokens: int = 0):
         super().__init__(limit_bytes)
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.least_tokens = chunk_tokens, least_tokens
 
     def fetch(self, items: Sequence[EncodedInput], layer: int, backbone: Backbone) -> list[Tensor]:
         """Returns [T, D] of each item; computes the missing ones. Embeddings of texts are never kept."""
@@ -89,7 +106,8 @@ class HiddenStateCache(BoundedCache[tuple[EncodedInput, int], Tensor]):
         found = {item: state for (item, _), state in self.find((item, layer) for item in items).items()}
         missing = [item for item in dict.fromkeys(items) if item not in found]
         for part in bucket_by_shape(missing, lambda item: shape_of([item]), self.chunk_tokens):
-            for item, state in zip(part, backbone.encode_prefix(part, layer), strict=True):
+            whole = filled(part, shape_of(part[:1]), self.least_tokens)
+            for item, state in zip(part, backbone.encode_prefix(whole, layer), strict=False):
                 found[item] = state
                 self.keep((item, layer), state, state.nbytes)
         return [found[item] for item in items]

@@ -25,11 +25,16 @@ SCORED = 0.25
 USABLE = 0.8
 """Share of the free memory that a forward may take; allocators lose some between tensors."""
 
-CHUNK_TOKENS = {"cpu": 512, "cuda": 131072, "mps": 16384}
-"""Positions of one forward pass at most, padding included. Few rows fill a CPU."""
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 131072, "mps": 16384}
+"""Positions of one forward pass at most, padding included; on a CPU twice as many for numbers of 16 bits. Few rows fill a
+CPU."""
+LEAST_TOKENS = {torch.float32: (32, 64), torch.bfloat16: (448, 448)}
+"""Positions of one forward pass on a CPU at least, and of the layers below a prompt. Fewer choose other kernels, in which
+sums round otherwise. In bfloat16 the boundary is near 400 positions on a processor with AMX (MiniLM, E5, SmolLM2)."""
 FULL_TOKENS = {"cpu": 512, "cuda": 2048, "mps": 2048}
 """Positions that fill a device. Blocks are computed again in the backward where memory holds fewer."""
 FEWEST_TOKENS = 64
+HALVES = (torch.bfloat16, torch.float16)
 ROUGH = 64, 8
 """An upper estimate of a block's kept numbers per position: by width, and by position of its row."""
 
@@ -81,7 +86,7 @@ def choose_chunk(
     leaves it open.
     """
     kind = backbone.device.type
-    most, full = CHUNK_TOKENS[kind], FULL_TOKENS[kind]
+    most, full = most_tokens(backbone), FULL_TOKENS[kind]
     if not isinstance(getattr(backbone, "model", None), nn.Module):  # it runs elsewhere
         return most, checkpoint
     free = free_bytes(backbone.device)
@@ -100,7 +105,28 @@ def choose_chunk(
 def fitting_tokens(found: Footprint, free: float, backbone: Backbone, checkpointed: bool) -> int:
     """Returns the largest power of two of positions that fits into `free` bytes, within the bounds of the device."""
     fits = int(found.positions(free, longest_row(backbone), checkpointed))
-    return max(FEWEST_TOKENS, min(1 << max(fits.bit_length() - 1, 0), CHUNK_TOKENS[backbone.device.type]))
+    return max(FEWEST_TOKENS, min(1 << max(fits.bit_length() - 1, 0), most_tokens(backbone)))
+
+
+def most_tokens(backbone: Backbone) -> int:
+    """Returns the positions of one forward pass at most."""
+    most = CHUNK_TOKENS[backbone.device.type]
+    return 2 * most if backbone.device.type == "cpu" and _dtype(backbone) in HALVES else most
+
+
+def least_tokens(backbone: Backbone) -> tuple[int, int]:
+    """Returns the positions of one forward pass at least, and of the layers below a prompt.
+
+    Both are 0 on a GPU, and for a model that runs elsewhere.
+    """
+    dtype = _dtype(backbone)
+    return LEAST_TOKENS.get(dtype, (0, 0)) if dtype and backbone.device.type == "cpu" else (0, 0)
+
+
+def _dtype(backbone: Backbone) -> torch.dtype | None:
+    """Returns the dtype of a model's weights; None for a model that runs elsewhere."""
+    model = getattr(backbone, "model", None)
+    return next((part.dtype for part in model.parameters()), None) if isinstance(model, nn.Module) else None
 
 
 def longest_row(backbone: Backbone) -> int:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import TypeVar
@@ -17,11 +16,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, Shape, bucket_by_shape, shape_of
+from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape, filled, shape_of
 from ficpd.backbones.devices import copy_to, is_out_of_memory
 from ficpd.backbones.lora import prompt_or_lora
-from ficpd.backbones.memory import FEWEST_TOKENS, choose_chunk
+from ficpd.backbones.memory import FEWEST_TOKENS, FULL_TOKENS, choose_chunk, least_tokens
 from ficpd.backbones.output_cache import OUTPUT_BYTES, OutputCache, join_outputs
+from ficpd.backbones.query_rows import Row, check_query, computation, kind, loss_key, merged, split
 from ficpd.backbones.trials import Numbers, same_bits, with_random_numbers
 from ficpd.errors import BackboneError, BackboneWarning, ConfigError
 from ficpd.interfaces import Backbone
@@ -41,14 +41,6 @@ def set_single_threaded_forward() -> None:
     torch.set_num_threads(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    query: int
-    candidate: int
-    record: int
-    shape: Shape
-
-
 class QueryEngine:
     """Answers queries on one backbone. `keep_bytes` bounds the cache; `chunk_tokens` bounds one forward pass.
 
@@ -57,6 +49,9 @@ class QueryEngine:
     checkpoint: whether blocks are computed again in the backward; None: where memory is short.
 
     On a CPU, outputs of rows are kept, because evaluations ask about the same prompts and records again (`OutputCache`).
+
+    reproducible: a row's numbers on a CPU do not depend on the number of rows, to the last bit. Chunks with few positions
+    are filled up, because a processor has other kernels for small products. It takes time where queries have few rows.
 
     exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
     products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
@@ -69,7 +64,7 @@ class QueryEngine:
 
     def __init__(
         self, backbone: Backbone, keep_bytes: int = 2 << 30, chunk_tokens: int | None = None, exact: bool = False,
-        checkpoint: bool | None = None,
+        checkpoint: bool | None = None, reproducible: bool = False,
     ):  # fmt: skip
         self.backbone, self.exact, self.independent = backbone, exact, dict[tuple, bool]()
         local = backbone.device.type == "cpu" and backbone.supports_features  # remote backbones parallelise themselves
@@ -78,22 +73,24 @@ class QueryEngine:
             chunk_tokens, checkpoint = choose_chunk(backbone, self.workers, keep_bytes, checkpoint)
         if checkpoint is not None:
             backbone.checkpoint_blocks(checkpoint)
+        least, below = least_tokens(backbone) if reproducible and not exact else (0, 0)
         self.chunk_tokens, self.checkpoint = chunk_tokens, checkpoint
-        self.kept = HiddenStateCache(keep_bytes, UNBATCHED if exact else self.chunk_tokens)
+        self.least_tokens = min(least, chunk_tokens)
+        self.kept = HiddenStateCache(keep_bytes, UNBATCHED if exact else chunk_tokens, min(below, chunk_tokens))
         self.outputs = OutputCache(OUTPUT_BYTES if local and not exact else 0)
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Returns one `Answer` per query. Rows never see each other."""
         answers: dict[int, Answer] = {}
-        kinds = sorted(range(len(queries)), key=lambda i: _kind(queries[i]))
-        for _, group in groupby(kinds, key=lambda i: _kind(queries[i])):
+        kinds = sorted(range(len(queries)), key=lambda i: kind(queries[i]))
+        for _, group in groupby(kinds, key=lambda i: kind(queries[i])):
             chosen = list(group)
             answers |= zip(chosen, self._answer_alike([queries[i] for i in chosen]), strict=True)
         return [answers[i] for i in range(len(queries))]
 
     def _answer_alike(self, queries: list[Query]) -> list[Answer]:
         """Answers queries of one prompt shape, layer and kind, in chunks of rows of one shape."""
-        _check_query(queries[0], self.backbone)
+        check_query(queries[0], self.backbone)
         if queries[0].grad and not self.backbone.supports_gradients:
             raise BackboneError(f"{self.backbone.name} gives no gradients; use a black-box optimizer (spsa, cma_es)")
         shapes = [[shape_of(items) for items in query.batch.items] for query in queries]
@@ -107,12 +104,13 @@ class QueryEngine:
             outputs = ModelOutput(torch.zeros(0, self.backbone.width))
             grads = [torch.zeros(0, *query.prompts_KPD.shape[1:]) if query.grad else None for query in queries]
             return [
-                _split(query, 0, torch.zeros(0), grad, outputs, []) for query, grad in zip(queries, grads, strict=True)
+                split(query, 0, torch.zeros(0), grad, outputs, []) for query, grad in zip(queries, grads, strict=True)
             ]
-        virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1]
+        heads = queries[0].batch.task.head_rows
+        virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1] - heads
         overhead = virtual + queries[0].max_new_tokens
         alone = self.exact and (queries[0].max_new_tokens > 0 or any(query.loss for query in queries))
-        tokens = UNBATCHED if alone else self.chunk_tokens
+        tokens = UNBATCHED if alone else self._tokens(rows, overhead)
         places, numbers = self._compute(queries, rows, tokens, overhead)
         losses, grads, outputs = zip(*numbers, strict=True)
         write = partial(self._written, queries)
@@ -124,7 +122,7 @@ class QueryEngine:
         text_R = [texts[place] for place in back.tolist()] if texts else []
         answers, first = [], 0
         for query in queries:
-            answers.append(_split(query, first, loss_R, grad_RPD, output_R, text_R))
+            answers.append(split(query, first, loss_R, grad_RPD, output_R, text_R))
             first += len(query.prompts_KPD) * len(query.batch)
         return answers
 
@@ -136,7 +134,7 @@ class QueryEngine:
         known = self.outputs.find(keys)
         new = [r for r in range(len(rows)) if not known or keys[r] not in known]
         places = list(bucket_by_shape(new, lambda r: rows[r].shape, tokens, overhead))
-        forward = partial(self._forward_exact if self.exact else self._forward, queries)
+        forward = partial(self._forward_exact if self.exact else self._forward_filled, queries, overhead=overhead)
         numbers = self._each(forward, [[rows[r] for r in part] for part in places], queries[0].batch)
         if keys and numbers:
             self.outputs.keep_rows([keys[r] for part in places for r in part], join_outputs([n[2] for n in numbers]))
@@ -147,6 +145,13 @@ class QueryEngine:
                 loss_R = self._losses(queries, [rows[r] for r in places[-1]], outputs)
             numbers.append((loss_R, None, outputs))
         return places, numbers
+
+    def _tokens(self, rows: list[Row], overhead: int) -> int:
+        """Returns the most positions of a chunk: fewer for a few rows, so that each worker has some."""
+        if self.workers == 1:
+            return self.chunk_tokens
+        whole = sum(row.shape.positions(overhead) for row in rows)
+        return min(self.chunk_tokens, max(FULL_TOKENS["cpu"], whole // (2 * self.workers)))
 
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
         """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""
@@ -181,7 +186,17 @@ class QueryEngine:
         )
         return self._halved(work, part[:half]) + self._halved(work, part[half:])
 
-    def _forward_exact(self, queries: list[Query], part: list[Row]) -> Numbers:
+    def _forward_filled(self, queries: list[Query], part: list[Row], overhead: int) -> Numbers:
+        """Runs one chunk with enough positions that a row's numbers do not depend on the number of rows."""
+        whole = filled(part, part[0].shape, self.least_tokens, overhead)
+        loss_R, grad_RPD, outputs = self._forward(queries, whole)
+        if len(whole) == len(part):
+            return loss_R, grad_RPD, outputs
+        first = torch.arange(len(part))
+        rows = slice(len(part))
+        return loss_R[rows], None if grad_RPD is None else grad_RPD[rows], outputs and outputs.select(first)
+
+    def _forward_exact(self, queries: list[Query], part: list[Row], overhead: int) -> Numbers:
         """Returns the numbers of one forward pass per row, or of a common one that is known to agree."""
         if len(part) > 1 and self._is_independent(queries, part):
             return self._forward(queries, part)
@@ -189,7 +204,7 @@ class QueryEngine:
 
     def _is_independent(self, queries: list[Query], part: list[Row]) -> bool:
         """Tells whether rows of this shape and number agree in a common forward pass; tries it once."""
-        kind = *_computation(queries[0]), queries[0].batch.targets is None, part[0].shape, len(part)
+        kind = *computation(queries[0]), queries[0].batch.targets is None, part[0].shape, len(part)
         if kind not in self.independent:
             tried = [with_random_numbers(query) for query in queries]
             self.independent[kind] = same_bits(self._forward_alone(tried, part), self._forward(tried, part))
@@ -216,7 +231,7 @@ class QueryEngine:
         """Returns each row's copy of its prompt, [R, P, D], on the backbone's device; embeds prompts of words."""
         prompts_RPD = torch.stack([queries[row.query].prompts_KPD[row.candidate] for row in part]).detach()
         if not prompts_RPD.is_floating_point():
-            assert self.backbone.vocabulary is not None, "_check_query"
+            assert self.backbone.vocabulary is not None, "check_query"
             return self.backbone.vocabulary.embed_for_prompt(prompts_RPD[..., 0])
         return copy_to(prompts_RPD, self.backbone.device, torch.float32)
 
@@ -263,12 +278,12 @@ class QueryEngine:
         loss_R = outputs.features_RD.new_full((len(part),), torch.nan)
         by_loss: dict[tuple, list[int]] = {}
         for place, row in enumerate(part):
-            by_loss.setdefault(_loss_key(queries[row.query]), []).append(place)
+            by_loss.setdefault(loss_key(queries[row.query]), []).append(place)
         for places in by_loss.values():
             query = queries[part[places[0]].query]
             if query.batch.targets is None and query.loss is None:
                 continue
-            batch = _merged(queries, [part[place] for place in places], self.backbone.device)
+            batch = merged(queries, [part[place] for place in places], self.backbone.device)
             chosen = torch.tensor(places, device=loss_R.device)
             whole = len(places) == len(part)
             loss = (query.loss or batch.task.loss)(outputs if whole else outputs.select(chosen), batch)
@@ -285,76 +300,6 @@ class QueryEngine:
                 )
             loss_R = loss.float() if whole else loss_R.index_put((chosen,), loss.float())
         return loss_R
-
-
-def _kind(query: Query) -> tuple:
-    """Returns the key of queries that can share a forward pass: `_computation` and requested results."""
-    return *_computation(query), query.outputs, query.max_new_tokens
-
-
-def _computation(query: Query) -> tuple:
-    """Returns what decides the kernels of a row, besides its shape: layer, prompt shape, head rows, gradients."""
-    prompts = query.prompts_KPD.shape[1], query.prompts_KPD.is_floating_point()
-    return query.batch.enters_at, *prompts, query.batch.task.head_rows, query.grad
-
-
-def _check_query(query: Query, backbone: Backbone) -> None:
-    """Raises `BackboneError` for contradictory requests, and for prompts of words that the backbone cannot read."""
-    if query.max_new_tokens < 0:
-        raise BackboneError(f"a query cannot write {query.max_new_tokens} tokens; expected 0 or more")
-    if query.max_new_tokens and query.grad:
-        raise BackboneError(
-            f"a query asks for gradients and for {query.max_new_tokens} written tokens, which have none; ask twice"
-        )
-    if query.prompts_KPD.is_floating_point():
-        return
-    if backbone.vocabulary is None:
-        raise BackboneError(f"{backbone.name} has no vocabulary for prompts of words; use a backbone that reads texts")
-    if query.grad or query.batch.enters_at != 0 or query.batch.task.head_rows or query.prompts_KPD.shape[-1] != 1:
-        raise BackboneError(
-            f"a prompt of words is [K, P, 1] and enters {backbone.name} at layer 0, without gradients or a tuned head; "
-            f"given {tuple(query.prompts_KPD.shape)}, layer {query.batch.enters_at}, {query.batch.task.head_rows} head "
-            f"rows, gradients {query.grad}"
-        )
-
-
-def _loss_key(query: Query) -> tuple:
-    readout = query.batch.readout_CD
-    return id(query.batch.task), id(readout), id(query.loss), query.batch.targets is None, *sorted(query.batch.extra)
-
-
-def _merged(queries: list[Query], part: list[Row], device: torch.device) -> Batch:
-    """Returns the records of these rows as one batch on the backbone's device."""
-    first = queries[part[0].query].batch
-    batches = [(queries[row.query].batch, row.record) for row in part]
-    targets = [batch.targets[b] for batch, b in batches if batch.targets is not None]
-
-    def rows(tensors: list[Tensor]) -> Tensor:
-        return copy_to(torch.stack(tensors), device)
-
-    return Batch(
-        first.task,
-        tuple(batch.items[b] for batch, b in batches),
-        rows(targets) if targets else None,
-        first.readout_CD,
-        first.enters_at,
-        {name: rows([batch.extra[name][b] for batch, b in batches]) for name in first.extra},
-    )
-
-
-def _split(
-    query: Query, first: int, loss_R: Tensor, grad_RPD: Tensor | None, outputs: ModelOutput | None, text_R: list[str]
-) -> Answer:
-    """Extracts one query's rows as [K, B, ...]."""
-    K, B = len(query.prompts_KPD), len(query.batch)
-    texts = [text_R[first + k * B : first + (k + 1) * B] for k in range(K)] if query.max_new_tokens else None
-    rows = slice(first, first + K * B)
-    return Answer(
-        loss_R[rows].view(K, B),
-        None if grad_RPD is None else grad_RPD[rows].view(K, B, *grad_RPD.shape[1:]),
-        None if outputs is None or not query.outputs else outputs.select(torch.arange(first, first + K * B)),
-        texts,
-    )
 
 
 def run_queries(model: QueryEngine, work: Generator[Query, Answer, Result]) -> Result:

@@ -248,7 +248,8 @@ def _load(
     backbone, resolved = load_backbone(experiment.backbone, experiment.engine)
     experiment = experiment.model_copy(update={"backbone": resolved})
     engine = experiment.engine
-    model = QueryEngine(backbone, engine.keep_mb << 20, engine.chunk_tokens, checkpoint=engine.checkpoint)
+    keep, same = engine.keep_mb << 20, engine.reproducible
+    model = QueryEngine(backbone, keep, engine.chunk_tokens, checkpoint=engine.checkpoint, reproducible=same)
     return _initialized(experiment, tasks, shards, model)
 
 

@@ -125,7 +125,8 @@ class Actor:
     def load(self, folders: list[str], backbone: BackboneConfig, engine: EngineConfig, session: Any) -> str:
         """Returns the fingerprint of the loaded backbone. `session`: distinguishes Ray's sessions of one process."""
         sys.path += [folder for folder in folders if folder not in sys.path]
-        self.model = QueryEngine(load_backbone(backbone, engine)[0], engine.keep_mb << 20, engine.chunk_tokens)
+        loaded, same = load_backbone(backbone, engine)[0], engine.reproducible
+        self.model = QueryEngine(loaded, engine.keep_mb << 20, engine.chunk_tokens, reproducible=same)
         return self.model.backbone.fingerprint
 
     def run(
