@@ -34,13 +34,13 @@ MOST_WEIGHTS = 16
 WEIGHT_RATE, WEIGHT_STEPS, WEIGHT_PULL = 0.05, 20, 0.5
 """Adam's rate on a composition's weights, its steps, and the L2 weight towards the initial weights."""
 TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
-"""A factor on the library's learning rate, which is set for many records, and the numbers of steps to compare."""
+"""A factor on the library's learning rate (which suits many records), and the numbers of steps to compare."""
 TUNE_PULL = 0.005
 """The L2 weight towards the initial prompt, divided by the start's mean square."""
 MIXED, OWN_STEPS = 3, 40
-"""The maximum number of the library's prompts in a mixture, and the Adam steps of its own prompt."""
+"""A mixture's best prompts, besides the global prompt and the start, and the Adam steps of its own prompt."""
 FEW = 32
-"""With fewer records a mixture has no own prompt. The weight of one is nothing, and its steps take half of the time."""
+"""With fewer records a mixture has no own prompt: its weight would be near zero, and its tuning is slow."""
 HEAD_PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 32
 """The maximum number of records in a step."""
@@ -48,7 +48,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class AdaptedPrompt:
-    """A prompt adapted to records, a note on how, and its demonstrations or the mixture that it is part of."""
+    """A prompt adapted to records, a note on the adaptation, and its demonstrations or its mixture."""
 
     prompt: Prompt
     note: str
@@ -69,7 +69,7 @@ class AdaptedPrompt:
 class FewShotSet:
     """The caller's records, encoded once, and the losses [J, B] of all candidates of the library on them.
 
-    few: whether the caller gave fewer than `FEW` records, of which these may be a part.
+    few: whether the caller gave fewer than `FEW` records. These may be a part of them.
     """
 
     library: PromptLibrary
@@ -97,15 +97,14 @@ class FewShotSet:
         return sorted(names or mean_J, key=mean_J.__getitem__)
 
     def subjects(self) -> Tensor | None:
-        """Returns the records' subjects by number; None if they name none, or all are of one."""
+        """Returns the subject number of each record, [B]; None without subjects, or with a single one."""
         numbers = subject_numbers(self.records)
         return torch.tensor(numbers) if numbers and max(numbers) else None
 
     def folds(self, count: int, seed: int) -> list[list[int]]:
         """Returns at most `count` folds of the records' indices, stratified by class. No subject is in two folds.
 
-        A class with fewer records than folds does not reduce the number of folds. A subject counts for the class of its
-        first record.
+        A class may have fewer records than folds. A subject counts for the class of its first record.
         """
         random, groups = rng.make_generator(seed), group_by_subject(self.records)
         classes: dict[str, list[list[int]]] = {}
@@ -160,8 +159,8 @@ def compose(shots: FewShotSet) -> Work:
 def head(shots: FewShotSet) -> Work:
     """Fits a head to the records' features under the unchanged prompt: ridge regression towards the task's readout.
 
-    The penalty is that of the least leave-one-out log loss (`methods.shared.heads`). All labels score alike at the mean
-    record: the label shares of a few records are chance, and a label without a record would never be predicted.
+    The penalty has the lowest leave-one-out log loss (`methods.shared.heads`). At the mean record, all labels have the same
+    logit: the label shares of a few records are chance, and a label without a record would never be predicted.
     """
     (begin,) = (yield from keep(shots)).values()
     answer = yield Query(begin.prompt.vectors_PD[None], shots.batch, outputs=True)
@@ -193,8 +192,8 @@ def tune(shots: FewShotSet) -> Work:
 def mix(shots: FewShotSet) -> Work:
     """Mixes prompts of the library, an own prompt and own heads by the records' evidence.
 
-    `methods.shared.mixture` has the weights. The own prompt is tuned from the start on one half and scored on the other;
-    few records have none.
+    `methods.shared.mixture` computes the weights. An own prompt is tuned on each half of the records and scored on the
+    other half. Fewer than `FEW` records have none.
     """
     prompts, own = shots.library.candidates(), readout_of(shots.batch)
     names = [_usual(shots)]
@@ -292,7 +291,7 @@ def _adam(
 
 
 def _shown(shots: FewShotSet, begin: AdaptedPrompt, way: str) -> Work:
-    """Adds the records as demonstrations; returns a variant for each of their shares in the readout."""
+    """Adds the records as demonstrations; returns a variant for each weight of them in the readout."""
     found = yield from demonstrate(shots.task, shots.records, shots.batch, begin.prompt, shots.backbone)
     return {
         f"{way} {mix}".strip(): AdaptedPrompt(
@@ -323,7 +322,7 @@ def class_of(task: Task, record: Record) -> str:
 
 
 def supports_head(task: Task, backbone: Backbone) -> bool:
-    """Returns whether answers are read from features by rows of label texts, which a head may replace."""
+    """Returns whether the task's scores are features times a readout of label texts, which a head may replace."""
     return supports_demonstrations(task) and backbone.supports_features and not is_in_context(backbone)
 
 

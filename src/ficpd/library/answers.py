@@ -1,4 +1,4 @@
-"""Answers of a library to texts and to the rows of a file, with scores; the rows keep their columns."""
+"""Predicts texts and the rows of a file with a library, with scores. The rows keep their columns."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """scores: the probability of each label; None for a task without labels."""
+    """A prediction, and the probability of each label (None for a task without labels)."""
 
     prediction: Any
     scores: dict[str, float] | None
@@ -55,7 +55,7 @@ def rows_of_lines(content: str, name: str) -> list[Row]:
 
 
 def read_rows(data: str, columns: Mapping[str, str] = NO_COLUMNS, files: ReadOptions = WHOLE) -> list[Row]:
-    """Reads a file of texts, one a line, or a source of `read_records`, whose rows keep all their columns.
+    """Reads a file with one text a line, or a source of `read_records`. Rows keep all their columns.
 
     Raises `DataError`, naming file, row and column, for a row without a text.
     """
@@ -63,7 +63,7 @@ def read_rows(data: str, columns: Mapping[str, str] = NO_COLUMNS, files: ReadOpt
     if path.suffix.lower() in TEXTS and path.is_file():
         return rows_of_lines(read_text(path, files.encoding), path.name)
     records = read_records(data, columns, labelled=False, files=files)
-    if not path.exists():  # of the hub, built in, or a module's
+    if not path.exists():  # a data set of the hub, a built-in one, or a module
         return [Row(record, _shown(record)) for record in records]
     whole = files._replace(images=columns.get("image"))
     tables = [] if path.is_dir() and not table_paths(path) else read_files(path, whole)
@@ -86,7 +86,7 @@ def _image(record: Record) -> dict[str, str]:
 def answer(
     opened: LibrarySession, records: Sequence[Record], prompt: str | None = None, task: str | None = None
 ) -> list[Answer]:
-    """Predicts each record, as `LibrarySession.predict`; with scores, if the task has labels."""
+    """Predicts each record, as `LibrarySession.predict` does. A task with labels also gives scores."""
     if not opened.tasks[opened.named(task)].num_labels:
         return [Answer(found, None) for found in opened.predict(records, prompt=prompt, task=task)]
     space = opened.tasks[opened.named(task)].label_space
@@ -97,10 +97,10 @@ def answer(
 
 
 def choose_format(name: str | None, out: Path | None) -> str:
-    """Returns the format that is named, else that of the file's ending, else JSON Lines.
+    """Returns the named format, else the format of the file's ending, else JSON Lines.
 
-    Raises `DataError` for an unknown format, for Parquet without a file, and for a file that exists; `PackageError` for
-    Parquet without pyarrow.
+    Raises `DataError` for an unknown format or ending, for Parquet without a file, and for a file that exists. Raises
+    `PackageError` for Parquet without pyarrow.
     """
     ending = out.suffix.lower().removeprefix(".") if out else ""
     if out and os.path.lexists(out):
@@ -121,8 +121,8 @@ def choose_format(name: str | None, out: Path | None) -> str:
 def encode_answers(rows: Sequence[Row], answers: Sequence[Answer], format: str) -> bytes:
     """Encodes the rows with their answers in one of `FORMATS`.
 
-    JSON Lines have a `prediction` and `scores` by label; tables have a column `score_LABEL` for each label. A column that
-    the rows have already gets `_2`.
+    JSON Lines have a `prediction` and `scores` by label; tables have a column `score_LABEL` for each label. An answer's
+    column gets the suffix `_2` if the rows have its name.
     """
     if format == "jsonl":
         names = _free([PREDICTION, SCORES], rows)
@@ -176,7 +176,7 @@ def _parquet(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes
 
 
 def _free(names: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
-    """Maps each name to one that no row has as a column."""
+    """Maps each name to a column name that no row has: itself, or with `_2`, `_3`, ... ."""
     taken, found = {column for row in rows for column in row.cells}, {}
     for name in names:
         found[name] = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)

@@ -41,7 +41,7 @@ def join_names(names: Iterable[str], most: int = 20) -> str:
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """Reads a card. Raises `ValueError` or `OSError` if the file is not one."""
+    """Reads a card. Raises `ValueError` or `OSError` if the file is no card."""
     card = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(card, dict) or not all(isinstance(card.get(part), dict) and card[part] for part in NEEDED):
         raise ValueError(f"card.json: expected an object with {', '.join(NEEDED)}")
@@ -71,7 +71,7 @@ def describe_shape(prompt: "Prompt") -> str:
 
 
 def describe_layout(rows: int, width: int, enters_at: int, soft: bool) -> str:
-    """Describes prompts of `rows` rows without their head. `enters_at` below 0: LoRA weights (`types.LORA`)."""
+    """Describes prompts of `rows` rows, without head rows. `enters_at` below 0: LoRA weights (`types.LORA`)."""
     if enters_at < 0:
         return f"LoRA weights ({rows} rows of width {width}), on the query and value projections of all layers"
     if not soft:
@@ -97,13 +97,13 @@ def model_card(card: Mapping[str, Any], start: "Prompt", prompts: Iterable[str],
 
 
 def beginning(card: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns the entry `BEGAN` of a run that begins with the prompt `name` of this card's library."""
+    """Returns the card's entry `BEGAN` for a run that starts from the prompt `name` of this card's library."""
     kept = {key: card[key] for key in ("privacy", BEGAN) if key in card}
     return {"prompt": name, **kept, **({ADAPTED: {}} if name == ADAPTED else {})}
 
 
 def began_line(card: Mapping[str, Any]) -> str:
-    """Returns the card's line about a saved initial prompt, whose records the run's guarantee does not cover."""
+    """Returns the card's line about a saved initial prompt. The run's guarantee does not cover its records."""
     if not (began := card.get(BEGAN)):
         return ""
     said = "none" if ADAPTED in began else guarantee(began.get("privacy", {}))
@@ -114,7 +114,7 @@ def began_line(card: Mapping[str, Any]) -> str:
 
 
 def weakness(card: Mapping[str, Any]) -> str | None:
-    """Returns why a library protects no records, in one phrase; None if a guarantee covers it."""
+    """Returns the reason why a library has no guarantee, in one phrase; None if it has one."""
     privacy = card.get("privacy", {})
     if ADAPTED in card:
         return f"the prompt `{ADAPTED}` is fitted to records without a guarantee"
@@ -163,7 +163,7 @@ def guarantee(privacy: Mapping[str, Any]) -> str:
 
 
 def describe_group_costs(costs: Mapping[Any, float]) -> str:
-    """Describes a guarantee per record for somebody with several records.
+    """Describes the cost for somebody with several records, under a guarantee per record.
 
     >>> describe_group_costs({2: 4.3204, 10: 28.84})
     'ε = 4.32 for somebody with 2 records, 28.84 with 10'
@@ -174,7 +174,7 @@ def describe_group_costs(costs: Mapping[Any, float]) -> str:
 
 
 def unit_line(privacy: Mapping[str, Any]) -> str:
-    """Returns the card's line about the unit of a guarantee; empty without one, or where the unit is a client."""
+    """Returns the card's line about the privacy unit; empty without a guarantee, or if the unit is a client."""
     unit, replaced = privacy.get("unit"), privacy.get("replace_epsilon")
     if privacy.get("epsilon") is None or privacy.get("noise") is None or unit not in ("record", "subject"):
         return ""

@@ -1,7 +1,7 @@
 """Finds libraries in folders and on the Hugging Face hub, and sends them there.
 
-Only three files travel: the prompts as safetensors, the card, and the README page. None of them is code. This module loads
-no torch.
+Only three files are sent: the prompts as safetensors, the card, and the README page. None of them is code. This module
+loads no torch.
 """
 
 import json
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ficpd.library.library import PromptLibrary
 
 HUB = "hf:"
-"""Begins the name of a library of the hub."""
+"""The prefix of a library's name on the hub."""
 FILES = (TENSORS, CARD, PAGE)
 ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LOCAL = re.compile(r"(?<![\w/:.])(/[\w.+@-]+){2,}|(?<!\w)~[\w-]*[/\\]|\b[A-Za-z]:[\\/]|\\\\\w")
-"""Matches an absolute path, one of a home directory, and one of Windows."""
+"""Matches an absolute path, a path in a home directory, and a Windows path."""
 REASONS = {
     "RepositoryNotFoundError": "no such repository, or a private one; check the id, or log in by `hf auth login`",
     "GatedRepoError": "its owner has to admit you; ask at its page",
@@ -32,12 +32,13 @@ REASONS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set; unset it",
     "LocalTokenNotFoundError": "no token; log in by `hf auth login`, or give `token`",
 }
-"""By the class of the hub client's error: the reason, and what to do."""
+"""The reason and the next step, by class name of the hub client's error."""
 
 
 def find_library(folder: str | Path, revision: str | None = None) -> Path:
-    """Returns the folder of a library, given it, the run directory with one, or hf:OWNER/NAME for one of the hub.
+    """Returns the folder of a library.
 
+    folder: that folder, a run directory with a library, or hf:OWNER/NAME for a library of the hub.
     revision: a branch, tag or commit of the hub.
 
     Raises `LibraryError` if there is none.
@@ -57,13 +58,13 @@ def find_library(folder: str | Path, revision: str | None = None) -> Path:
 
 
 def locate(name: str | Path) -> str:
-    """Returns a folder as it is, and an OWNER/NAME that is no folder here as a name of the hub."""
+    """Adds `HUB` to an OWNER/NAME that is no local path; returns any other name unchanged."""
     text = str(name)
     return HUB + text if ID.fullmatch(text) and not Path(text).exists() else text
 
 
 def download(name: str, revision: str | None = None) -> Path:
-    """Fetches a library's files into the cache of the hub's client; offline they are taken from there."""
+    """Downloads a library's files into the hub client's cache, or reads them from the cache offline."""
     with _hub(f"{HUB}{name}" + (f" at revision {revision!r}" if revision else ""), "does not give it"):
         from huggingface_hub import snapshot_download
 
@@ -72,10 +73,10 @@ def download(name: str, revision: str | None = None) -> Path:
 
 
 def push(library: "PromptLibrary", repo_id: str, private: bool, token: str | None, page: str) -> str:
-    """Sends a library's three files to a repository, which is made if it is not there; returns its address.
+    """Sends a library's three files to a repository, created if missing; returns its address.
 
-    Raises `LibraryError` for a path of this machine in it, for a public repository where a private one is asked for,
-    and for what the hub refuses.
+    Raises `LibraryError` for a wrong id, for a local path in the library, for a public repository where `private` is
+    set, and for an error of the hub.
     """
     if not ID.fullmatch(repo_id):
         raise LibraryError(f"{repo_id!r} is no id of the Hugging Face hub: expected OWNER/NAME")
@@ -109,14 +110,14 @@ def _hub(name: str, refuses: str) -> Iterator[None]:
             yield
     except FicpdError:
         raise
-    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+    except Exception as error:  # the hub's client raises many classes, also those of its HTTP library
         other = f"{' '.join(str(error).split())[:300]}; check the id, your login and that the hub can be reached"
         why = REASONS.get(type(error).__name__, other)
         raise LibraryError(f"{name}: the Hugging Face hub {refuses} ({type(error).__name__}): {why}") from error
 
 
 def refuse_paths(tree: Any, place: str = "") -> None:
-    """Raises `LibraryError` for the first text that names a path of this machine."""
+    """Raises `LibraryError` for the first text with a path of this machine."""
     if isinstance(tree, str) and LOCAL.search(tree):
         raise LibraryError(f"{place} = {tree!r} names a path of this machine, which others must not see; replace it")
     parts = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
@@ -126,7 +127,7 @@ def refuse_paths(tree: Any, place: str = "") -> None:
 
 
 def with_backbone(card: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """Returns the card with the hub id of its backbone. Raises `LibraryError` if the backbone is a folder here."""
+    """Returns the card with the hub id of its backbone. Raises `LibraryError` if the backbone is a local folder."""
     from ficpd.backbones import catalog
 
     named = name or str(card["backbone"].get("name", ""))

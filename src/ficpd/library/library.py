@@ -1,4 +1,4 @@
-"""The result of a federation: a basis of prompts, keys to find them by, and a card that describes them."""
+"""The result of a federation: prompts, keys to find them, and a card that describes them."""
 
 import json
 import shutil
@@ -47,10 +47,10 @@ class PromptLibrary:
     start: the initial prompt of the run.
     prompts: by name (`global`, `prototype-0`, ...).
     card: JSON: the backbone's name, the tasks by name, the privacy spent, the run's settings.
-    keys: by prompt, the mean embedding [D] of its tasks, of length one (see `task_embedding`).
-    readouts: by prompt, what replaces the task's readout, if records are part of it (demonstrations, a head).
-    learned: by task of the card, the readout that the federation's prompts were tuned in.
-    mixture: what the prompt `adapted` stands for, if it is part of a mixture.
+    keys: by prompt, the mean embedding [D] of its tasks, a unit vector (see `task_embedding`).
+    readouts: by prompt, a readout fitted to records (demonstrations, a head), which replaces the task's readout.
+    learned: by task of the card, the readout that the federation learned with its prompts.
+    mixture: the mixture that the prompt `adapted` is part of, if any.
     """
 
     start: Prompt
@@ -62,7 +62,7 @@ class PromptLibrary:
     mixture: Mixture | None = None
 
     def learned_readout(self, task: Task) -> Readout | None:
-        """Returns the learned readout of a task's label texts, in the task's order; None for other label texts."""
+        """Returns the learned readout for a task with known label texts and instruction, in its order; else None."""
         own = task.to_config()
         texts = [*own.get("labels", {}).values()]
         for name, readout in self.learned.items():
@@ -118,7 +118,10 @@ class PromptLibrary:
             )
 
     def save(self, folder: Path) -> None:
-        """Writes `prompts.safetensors`, `card.json` and `README.md` to a staging folder, then renames it."""
+        """Writes `prompts.safetensors`, `card.json` and `README.md` to a staging folder, then renames it.
+
+        Replaces an existing folder. Raises `LibraryError` for a reserved prompt name.
+        """
         for name in self.prompts:
             if name == START or name.startswith((KEY, READOUT, LEARNED, MIXTURE)):
                 raise LibraryError(f"prompt name {name!r}: reserved in the file; choose another name")
@@ -157,14 +160,14 @@ class PromptLibrary:
     ) -> str:  # fmt: skip
         """Sends the library to a repository of the Hugging Face hub; returns its address.
 
-        repo_id: OWNER/NAME. It is made if it is not there.
-        token: of the hub; None: the one of `hf auth login`.
-        backbone: the hub id of the model, where the card names a folder.
-        unprotected: also sends a library whose records no guarantee covers.
+        repo_id: OWNER/NAME; created if missing.
+        token: the hub's token; None: that of `hf auth login`.
+        backbone: the hub id of the model, if the card names a folder.
+        unprotected: also sends a library without a privacy guarantee.
 
-        Guarantees: no file but `prompts.safetensors`, `card.json` and `README.md`, and no path of this machine.
+        Guarantees: sends only `prompts.safetensors`, `card.json` and `README.md`, and no path of this machine.
 
-        Raises `LibraryError` for what must not be sent, and for what the hub refuses.
+        Raises `LibraryError` for an unprotected library, for a local path in it, and for an error of the hub.
         """
         card = with_backbone(self.card, backbone)
         if not unprotected and (why := weakness(card)):
@@ -174,9 +177,10 @@ class PromptLibrary:
 
     @staticmethod
     def from_pretrained(name: str | Path, *, revision: str | None = None) -> "PromptLibrary":
-        """Loads a library's folder, a run directory with one, or OWNER/NAME, a library of the Hugging Face hub.
+        """Loads a library's folder, a run directory with one, or OWNER/NAME of the Hugging Face hub.
 
-        revision: a branch, tag or commit of the hub. A folder of that name has precedence over the hub.
+        name: a local folder has precedence over the hub.
+        revision: a branch, tag or commit of the hub.
 
         >>> list(ficpd.PromptLibrary.from_pretrained("runs/demo").prompts)
         ['global', 'prototype-0', 'prototype-1']
@@ -203,7 +207,7 @@ class PromptLibrary:
 
 
 def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> PromptLibrary:
-    """Builds the library from its file. Raises `KeyError` or `ValueError` if parts do not match."""
+    """Builds the library from its tensors. Raises `KeyError` or `ValueError` if parts do not match."""
     keys = {name.removeprefix(KEY): t for name, t in tensors.items() if name.startswith(KEY)}
     readouts = {name.removeprefix(READOUT): t for name, t in sorted(tensors.items()) if name.startswith(READOUT)}
     learned = {name.removeprefix(LEARNED): t for name, t in sorted(tensors.items()) if name.startswith(LEARNED)}
@@ -232,8 +236,8 @@ def _from_tensors(meta: Mapping[str, str], tensors: Mapping[str, Tensor], card: 
 def task_embedding(task: Task, backbone: Backbone) -> Tensor:
     """Returns the embedding [D] of a task, a unit vector computed from its public description.
 
-    The vector is the mean feature of the task's answers under the bare backbone, each after the instruction (an
-    encoder's readout rows). A task without fixed answers uses the instruction alone.
+    It is the mean feature, under the bare backbone, of the texts "INSTRUCTION ANSWER." of all answers. A task without
+    fixed answers uses the instruction alone. A vision backbone uses the mean row of the task's readout.
     """
     if backbone.modality == "image":
         readout_CD = task.readout(backbone)
@@ -268,7 +272,7 @@ def _framed(described: Mapping[str, Any]) -> list[str]:
 
 
 def require_standalone(library: PromptLibrary, name: str) -> None:
-    """Raises `LibraryError` for a prompt that needs demonstrations, or that is one of a mixture."""
+    """Raises `LibraryError` for a prompt that needs demonstrations or is part of a mixture."""
     if name == ADAPTED and library.mixture is not None:
         raise LibraryError(
             f"the prompt {name!r} is one of a mixture of {len(library.mixture.prompts_KPD)} prompts, which is no single "

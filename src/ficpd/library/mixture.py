@@ -1,7 +1,7 @@
 """A member's mixture in a library: prompts, and heads on their features, with weights.
 
-`methods.shared.mixture` weighs them by the member's own records. All logits are linear in the features, so rows and
-biases hold them. A mixture reveals the records that it was fitted to, as a head does.
+`methods.shared.mixture` computes the weights from the member's own records. All logits are linear in the features, so
+rows and biases describe them. A mixture reveals the records that it was fitted to, as a head does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +44,7 @@ class Mixture:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> "Mixture":
-        """Raises `KeyError` or `ValueError` for parts that do not match."""
+        """Builds a mixture from `to_tensors`. Raises `KeyError` or `ValueError` if parts do not match."""
         prompts, prompt, weight, heads = (tensors[name] for name in ("prompts", "prompt", "weight", "heads"))
         whole = heads.ndim == 3 and prompts.ndim == 3 and heads.shape[2] == prompts.shape[2] + 1
         if not whole or not len(prompt) == len(weight) == len(heads) or set(prompt.tolist()) != {*range(len(prompts))}:
@@ -55,7 +55,7 @@ class Mixture:
 def stack_members(
     candidates: Sequence[Candidate], members: Sequence[Sequence[Member]], weights: Sequence[Tensor]
 ) -> Mixture:
-    """Stacks the heads of more than negligible weight. The prompts of one candidate share its weight equally."""
+    """Stacks the heads whose weight exceeds `NEGLIGIBLE`. The prompts of one candidate share its weight equally."""
     prompts, index, shares, rows, biases = [], [], [], [], []
     for candidate, of, weight_M in zip(candidates, members, weights, strict=True):
         kept = [(member, w) for member, w in zip(of, weight_M.tolist(), strict=True) if w > NEGLIGIBLE]

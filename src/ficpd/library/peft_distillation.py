@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 FEWEST = 8
-"""The minimum number of texts: a quarter is held out."""
+"""The minimum number of texts. A quarter of the texts is held out."""
 NUM_RANDOM_TEXTS = 256
 RATE = 0.1
 STAGES = 10
-"""The number of steps of the learning-rate schedule."""
+"""The number of learning rates in the schedule."""
 SYNTHETIC = "synthetic.jsonl"
 
 
@@ -55,7 +55,7 @@ class Agreement:
     """Agreement on held-out texts.
 
     same: the share of equal answers.
-    loss: the tuned loss: the mean squared difference of the logits, or minus the log-likelihood of the original's text.
+    loss: the mean squared difference of the logits, or minus the log-likelihood of the original's text.
     """
 
     same: float
@@ -102,9 +102,9 @@ def distill_to_input(
 ) -> InputPromptResult:  # fmt: skip
     """Tunes an input prompt of `num_tokens` virtual tokens (None: as many as the original) to imitate `prompt`.
 
-    A tuned head and the prompt's readout (`readout`) are imitated as well. The untuned start is returned if tuning
-    does not lower the held-out loss. `learning_rate` is Adam's, relative to the start's root mean square. Raises
-    `LibraryError` for fewer than `FEWEST` texts.
+    It also imitates a tuned head and the prompt's readout (`readout`). Returns the untuned start if tuning does not
+    lower the held-out loss. `learning_rate` is Adam's, relative to the start's root mean square. Raises `LibraryError`
+    for LoRA weights, and for fewer than `FEWEST` texts (or answers, for a generation task).
     """
     if prompt.enters_at == LORA:
         raise LibraryError("LoRA weights cannot be distilled to a prompt: export them without --reenter")
@@ -139,7 +139,7 @@ def distill_library_prompt(
 ) -> PromptLibrary:
     """Returns a library with an input prompt distilled from the prompt `name`, on `data` or the library's texts.
 
-    `task` names one of the library's tasks, if it has several. `options` are those of `distill_to_input`.
+    `task`: one of the library's tasks, if it has several. `options`: those of `distill_to_input`.
     """
     library = opened.library
     if name not in library.prompts:
@@ -206,7 +206,7 @@ def _written(prompt, start, records, task: Task, model: QueryEngine, readout: Re
 
 
 def logit_mse(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """Returns the mean squared difference to the original's logits, [R]."""
+    """Returns the mean squared difference to the original's centered logits, [R]."""
     return (center_logits(outputs, batch) - batch.extra["wanted"]).square().mean(-1)
 
 
@@ -219,7 +219,7 @@ def logits(vectors_PD: Tensor, batch: Batch, model: QueryEngine) -> Tensor:
 
 
 def center_logits(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """Returns the answers' logits less their mean, [R, C]; 0 where a row has fewer answers."""
+    """Returns the answers' logits minus their mean, [R, C]; 0 for missing answers."""
     scores_RC = answer_scores(outputs, batch)
     there = torch.isfinite(scores_RC)
     known_RC = scores_RC.where(there, 0.0)
@@ -232,7 +232,7 @@ def center_logits(outputs: ModelOutput, batch: Batch) -> Tensor:
 def _tuned(
     start: Prompt, task: Task, batch: Batch, loss, model: QueryEngine, training: LocalTrainingConfig, steps: int, seed: int
 ) -> Prompt:  # fmt: skip
-    """Tunes by Adam in `STAGES` of falling learning rate, with the moments kept between stages."""
+    """Tunes by Adam in `STAGES` stages of falling learning rate. Adam's moments are kept between stages."""
     whole, records = none.build(none.Config(), start, seed), [Record("text", {})] * len(batch)
     client = Client(ClientCard("imitation"), records, [], task, model.backbone, NoPrivacy(), whole, start, seed)
     client.set_encoding("train", batch)

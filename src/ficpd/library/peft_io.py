@@ -1,8 +1,8 @@
 """Exports prompts as PEFT prompt-tuning folders, for `PeftModel.from_pretrained`, and imports such folders.
 
-PEFT supports virtual tokens before the word embeddings only, without a later layer or a tuned readout. Other prompts
-are distilled first (`peft_distillation`). PEFT itself writes the folder, on a model without weights. LoRA weights
-become a LoRA folder, which is not imported.
+PEFT supports virtual tokens only before the word embeddings, and no tuned readout. Other prompts are distilled first
+(`peft_distillation`). PEFT itself writes the folder, on a model without weights. LoRA weights become a LoRA folder;
+LoRA folders cannot be imported.
 """
 
 import json
@@ -31,7 +31,7 @@ from ficpd.types import LORA, Prompt, Record
 
 IMPORTED = "imported"
 LEARNED = "readouts.safetensors"
-"""The file of learned readouts: of each task with one, `TASK/rows` [C, D] and `TASK/bias` [C]."""
+"""The file of learned readouts: `TASK/rows` [C, D] and `TASK/bias` [C] for each task with a learned readout."""
 VECTORS = "prompt_embeddings"
 """The only array of a prompt-tuning folder."""
 
@@ -91,17 +91,17 @@ LORA_KINDS = {
         "the instruction has none), and compare the answers' logits at the mask.",
     ),
 }
-"""PEFT changes the weights of any model. It has prompts for its own tasks alone."""
+"""The kinds with a LoRA folder. PEFT adds LoRA to any model, but prompts only to the models of its task types."""
 
 
 # ---------------------------------------------------------------- export
 
 
 def export(library: PromptLibrary, name: str, folder: Path, base: str, backbone: Backbone | None = None) -> None:
-    """Exports one prompt as a PEFT folder for the model `base` (a folder or a hub id). Writes to a staging folder,
-    then renames it.
+    """Exports one prompt as a PEFT folder for the model `base` (a folder or a hub id).
 
-    backbone: the library's, whose forward says which modules LoRA weights belong to; None: it is loaded for them.
+    Writes to a staging folder, then renames it.
+    backbone: the library's backbone, which maps LoRA weights to modules; None: loads it for LoRA weights.
     Raises `LibraryError` if PEFT cannot express the prompt, `base` is another model, or the folder exists.
     """
     folder, prompt = Path(folder), checked_for_peft(library, name)
@@ -121,7 +121,7 @@ def export(library: PromptLibrary, name: str, folder: Path, base: str, backbone:
 
 
 def _learned(library: PromptLibrary, name: str) -> dict[str, torch.Tensor]:
-    """Returns the arrays of the readouts that the federation's own prompts are read by."""
+    """Returns the arrays of `LEARNED`; empty for an adapted prompt or LoRA weights."""
     if name == ADAPTED or library.prompts[name].enters_at == LORA:
         return {}
     read = {task: {"rows": found.rows_CD, "bias": found.bias_C} for task, found in library.learned.items()}
@@ -161,9 +161,10 @@ def backbone_config(library: PromptLibrary) -> BackboneConfig:
 
 
 def checked_target(library: PromptLibrary, folder: Path, base: str, enters_at: int = 0) -> tuple[Kind, Any]:
-    """Returns PEFT's view of the library's backbone, and its transformers configuration.
+    """Returns the `Kind` of the library's backbone, and its transformers configuration.
 
-    Raises `LibraryError` if `folder` exists, PEFT does not support the kind, or `base` is a folder of another model.
+    Raises `LibraryError` if `folder` exists, PEFT does not support the kind, or `base` is no model or another one.
+    Raises `BackboneError` if the folder `base` has no configuration.
     """
     from transformers import AutoConfig
 
@@ -275,7 +276,7 @@ def page(library: PromptLibrary, name: str, kind: Kind, base: str) -> str:
 
 
 def _text(card: Mapping[str, Any]) -> dict[str, str]:
-    """Describes the form of a text: bare, or in its chat template. `special`: a tokenizer's option."""
+    """Describes the input text: plain, or in its chat template. `special`: an argument of the tokenizer."""
     options, lines = card["backbone"].get("options", {}), "`text`, a line break and the instruction"
     if not options.get("chat_template"):
         return {"text": lines, "special": ""}
@@ -344,8 +345,8 @@ def imported(
 ) -> tuple[PromptLibrary, str]:
     """Returns a library with the folder's prompt as `imported`, and the base model that the folder names.
 
-    Its `start` is the task's text, because the folder does not contain the original start. Raises `LibraryError` if
-    the folder is not a prompt-tuning folder, or the prompt does not fit the backbone.
+    Its `start` is made of the task's text, because the folder has no start. Raises `LibraryError` if the folder is no
+    prompt-tuning folder, or its width is not the backbone's.
     """
     vectors_PD, adapter = read_folder(folder)
     engine = validate(EngineConfig, {"device": device}, "--device")

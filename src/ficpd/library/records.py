@@ -28,11 +28,12 @@ NO_COLUMNS: Mapping[str, str] = MappingProxyType({})
 def read_records(
     data: Data, columns: Mapping[str, str] = NO_COLUMNS, labelled: bool = True, files: ReadOptions = WHOLE
 ) -> list[Record]:
-    """Reads all records of a file, in its order, or takes those in memory: a data frame, mappings or `Record`s.
+    """Reads all records of a file in its order, or of a data frame, mappings or `Record`s in memory.
 
-    `columns`: role to column (`subject`: whom a record is about; adaptation then never tests on a subject that it was
-    fitted to). Without labels only `text` (or `image`, if that is named) and the columns named are read.
-    Options may be in several columns (`options=a,b,c`). `files`: the separator and the encoding of text files.
+    columns: role to column. `subject`: whom a record is about; adaptation never tests on a subject it was fitted to.
+        `options` may name several columns (`options=a,b,c`).
+    labelled: False: reads only `text` (or `image`, if named) and the named columns.
+    files: the separator and the encoding of text files.
     """
     roles = {"text": "text"} if "image" not in columns else {}
     roles |= {**({"target": "target"} if labelled else {}), **columns}
@@ -41,7 +42,7 @@ def read_records(
         config = {"source": str(data), "columns": roles, "options": options}
         config |= {"separator": files.separator, "encoding": files.encoding}
         return loading.load_all(validate(loading.Config, config, "--data"))
-    pandas: Any = sys.modules.get("pandas")  # not imported for its type: the core has none
+    pandas: Any = sys.modules.get("pandas")  # no import for a type: the core does not need pandas
     given: Any = data
     rows = given.to_dict("records") if pandas and isinstance(given, pandas.DataFrame) else given
     return [
@@ -60,9 +61,9 @@ def _record(key: str, row: Mapping[str, Any], roles: Mapping[str, str]) -> Recor
 
 
 def draw_shots(records: Sequence[Record], shots: int, per_class: bool, seed: int) -> list[Record]:
-    """Returns the first `shots` of the records in a seeded order (0: all), or of each class.
+    """Returns the first `shots` records in a seeded random order (0: all), in total or of each class.
 
-    Where records name subjects, nobody has a second record in the order before everybody has a first.
+    If records name subjects, the order has one record of every subject before a second of any.
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     if subject_numbers(records) is not None:

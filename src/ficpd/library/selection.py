@@ -1,8 +1,8 @@
 """Selects the best adaptation strategy for a few records, by cross-validation on them.
 
-The simplest strategy within one standard error of the best is taken (Breiman et al., Classification and Regression
-Trees, 1984, section 3.4.3). The unchanged library is taken if it is within two. The standard error is that of the
-paired difference to the best strategy. So the choice has no higher cross-validated loss than the unchanged library.
+The rule takes the simplest strategy within one standard error of the best (Breiman et al., Classification and Regression
+Trees, 1984, section 3.4.3). It takes the unchanged library if that is within two. The standard error is that of the
+paired difference to the best strategy. The choice never has a higher cross-validated loss than the unchanged library.
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -43,14 +43,14 @@ ONCE = 12
 """With fewer records than this, the folds are drawn several times."""
 REPEATS = 3
 SURE = 2.0
-"""The standard errors within which the unchanged library is taken. The minimum over strategies is biased, so one is
-too few."""
+"""The unchanged library is taken within this many standard errors of the best. One is too few: the minimum over
+strategies is biased."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 NEEDS_HEAD = ("head", "mixture")
 """The strategies that need features and label texts."""
 NEEDS_GRADIENTS = ("compose", "tune", "compose+demonstrations")
 SAME = 0.9
-"""The minimum cosine of a task's embedding and a key to use its prompt without any record (`bench/unseen.py keys`)."""
+"""The minimum cosine of a task's embedding and a key to take its prompt without comparison (`bench/unseen.py keys`)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class AdaptationResult:
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """One variant on its held-out records: losses [b], predictions, and the logits [b, C] of a task with labels."""
+    """One variant on held-out records: losses [B], predictions, and the logits [B, C] of a task with labels."""
 
     loss_B: Tensor
     predicted: list
@@ -86,9 +86,9 @@ def adapt(
 ) -> AdaptationResult:  # fmt: skip
     """Adapts a library to records of any task, by the strategy `how` or by the best one (`auto`).
 
-    With fewer than four records, or with one class only, no strategy can be compared. `auto` then takes the prompt of
-    the most similar task, or the start. Raises `LibraryError` for an unknown or unsuitable strategy, or for prompts
-    that do not fit the task.
+    Strategies cannot be compared on fewer than four records, one class or one subject. `auto` then takes the prompt of
+    a similar task, else the start; without keys the global prompt. Raises `LibraryError` for an unknown or unsuitable
+    strategy, for another backbone, or for prompts that do not fit the task.
     """
     _check(library, records, task, model.backbone, how)
     lack = _lacking(task, records)
@@ -127,7 +127,7 @@ def prepare_shots(
 
 
 def cross_validate(shots: FewShotSet, ways: Sequence[str], model: QueryEngine) -> dict[str, Score]:
-    """Returns the table of `AdaptationResult`: every variant of these strategies on held-out records."""
+    """Evaluates every variant of these strategies on held-out records; returns `AdaptationResult.table`."""
     repeats = 1 if len(shots.records) >= ONCE else REPEATS
     draws = [
         _cross_validate_once(shots, ways, model, rng.derive_seed(shots.seed, "folds", repeat))
@@ -169,7 +169,7 @@ def _comparable(held: HeldOutResult, targets_B: Tensor | None) -> Tensor:
     """Returns losses [B] that do not depend on the scale of the logits.
 
     With labels this is the cross entropy at the best temperature of `TEMPERATURES` (Guo et al., ICML 2017, arXiv
-    1706.04599). Demonstrations scale up an encoder's logits, which alone would lower the loss.
+    1706.04599). Without it, demonstrations would lower the loss only because they scale up an encoder's logits.
     """
     if held.logits_BC is None or targets_B is None:
         return held.loss_B
@@ -301,7 +301,7 @@ def _reason(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
 
 
 def describe_choice(way: str, why: str, how: str) -> list[str]:
-    """Returns sentences that say what was chosen, why, and how to have another strategy.
+    """Returns sentences on the choice, its reason, and how to take another strategy.
 
     >>> describe_choice("tune 4", "tune 4 as requested", "tune")
     ['Chosen: tune 4, the composed prompt tuned on your records (tune 4 as requested).']

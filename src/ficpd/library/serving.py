@@ -25,15 +25,15 @@ from ficpd.library.session import LibrarySession, default_prompt, get_prompt
 from ficpd.types import Record
 
 WAITING = 64
-"""Requests that are under way; more are answered with 503."""
+"""The maximum number of concurrent requests; others are answered with 503."""
 SPARE_BYTES = 4096
-"""Bytes of a request body without its texts."""
+"""The bytes that a request body may have besides its texts."""
 BYTES_PER_CHARACTER = 12
-"""Bytes of a character that JSON writes as two escapes."""
+"""The most bytes of a character in JSON: two escapes of six."""
 
 
 class Limits(BaseModel):
-    """texts: of one request. characters: of one text."""
+    """The maximum number of texts in a request, and of characters in a text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     texts: int = Field(default=64, ge=1)
@@ -41,7 +41,7 @@ class Limits(BaseModel):
 
     @property
     def body(self) -> int:
-        """Returns the most bytes of a request."""
+        """Returns the maximum size of a request body in bytes."""
         return self.texts * (BYTES_PER_CHARACTER * self.characters + 4) + SPARE_BYTES
 
 
@@ -73,7 +73,7 @@ def create_app(opened: LibrarySession, limits: Limits) -> FastAPI:
     backbone, lock = opened.model.backbone, Lock()
     if backbone.modality != "text":
         raise LibraryError(f"{backbone.name} takes images, and only texts are served; use `ficpd predict`")
-    app = FastAPI(title="ficpd", version=__version__, docs_url=None, redoc_url=None)  # the pages load foreign scripts
+    app = FastAPI(title="ficpd", version=__version__, docs_url=None, redoc_url=None)  # its pages load external scripts
     text = Annotated[str, StringConstraints(min_length=1, max_length=limits.characters, pattern=r"\S")]
 
     class Texts(BaseModel):
@@ -103,7 +103,7 @@ def create_app(opened: LibrarySession, limits: Limits) -> FastAPI:
 
     @app.get("/healthz")
     def healthz() -> Health:
-        """Tells that the backbone is loaded, and what is served."""
+        """Names the loaded backbone, the prompts and the tasks."""
         return Health(
             status="ok", version=__version__, backbone=backbone.name, prompts=list(opened.library.prompts),
             tasks=list(opened.tasks),
@@ -111,7 +111,7 @@ def create_app(opened: LibrarySession, limits: Limits) -> FastAPI:
 
     @app.post("/predict", responses={status: {"model": Failure} for status in (411, 413, 422, 503)})
     def predict(asked: Texts) -> Predictions:  # type: ignore[valid-type]
-        """Predicts each text by the prompt named, else by the adapted or global one."""
+        """Predicts each text by the named prompt, else by `default_prompt`."""
         given: Any = asked
         records = [Record(f"text {place}", {"text": one}) for place, one in enumerate(given.texts, 1)]
         with lock:  # the engine answers one call at a time
@@ -129,9 +129,9 @@ def _failed(status: int, error: str) -> Response:
 
 
 def serve(opened: LibrarySession, host: str, port: int, limits: Limits, ready: Callable[[str], None]) -> None:
-    """Answers requests until SIGTERM or Ctrl-C. `ready` gets the address, once the backbone has answered a text.
+    """Answers requests until SIGTERM or Ctrl-C. `ready` gets the address once the backbone has answered a text.
 
-    Raises `ConfigError` if the address cannot be had.
+    Raises `ConfigError` if the address cannot be bound.
     """
     app = create_app(opened, limits)
     prompt, task = next(iter(opened.library.prompts), None), next(iter(opened.tasks))

@@ -1,4 +1,4 @@
-"""Opens a library with its backbone to predict, evaluate, adapt and export; `ficpd.load_library` and the commands use it."""
+"""Opens a library with its backbone, for `ficpd.load_library` and the commands."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class LibrarySession:
     """A library with its backbone and tasks.
 
     engine: the backbone's query engine, or a function that loads it.
-    folder: where it was loaded from; None for one that is not saved.
+    folder: the folder it was loaded from; None for an unsaved library.
     """
 
     library: PromptLibrary
@@ -62,7 +62,9 @@ class LibrarySession:
         self, texts: str | Sequence[str | Record], *, scores: bool = False, prompt: str | None = None,
         task: str | None = None,
     ) -> "list | DataFrame":  # fmt: skip
-        """Predicts each text by the prompt named, else by `default_prompt`; `scores`: with a probability of each label.
+        """Predicts each text by the named prompt, else by `default_prompt`. Returns a list of predictions.
+
+        scores: returns a data frame instead: the label, and a column with the probability of each label.
 
         >>> library.predict("a fast pulse since monday")
         ['cardio']
@@ -91,7 +93,7 @@ class LibrarySession:
     def probabilities(
         self, records: Sequence[Record], *, prompt: str | None = None, task: str | None = None
     ) -> tuple[list[str], list[list[float]]]:
-        """Computes each record's label, and the probability of each label in the order of the task's label space.
+        """Returns each record's label and the probabilities of all labels, in the order of the label space.
 
         Raises `LibraryError` for a task without labels.
         """
@@ -105,7 +107,7 @@ class LibrarySession:
     def evaluate(
         self, data: Data, *, prompt: str | None = None, task: str | None = None, columns: Mapping[str, str] = NO_COLUMNS
     ) -> Score:  # fmt: skip
-        """Computes the task's metrics of one prompt ("zero-shot": of none) on labelled records.
+        """Computes the task's metrics of one prompt on labelled records ("zero-shot": without a prompt).
 
         >>> library.evaluate("notes.csv")
         {'accuracy': 1.0, 'f1': 1.0}
@@ -117,7 +119,7 @@ class LibrarySession:
         self, data: Data, prompts: Sequence[str] | None = None, *, task: str | None = None,
         columns: Mapping[str, str] = NO_COLUMNS,
     ) -> dict[str, Score]:  # fmt: skip
-        """Computes the metrics of several prompts; None: of the bare backbone ("zero-shot") and every prompt."""
+        """Computes the metrics of several prompts; None: of every prompt and of the bare backbone ("zero-shot")."""
         chosen, start = self.tasks[self.named(task)], self.library.start
         records = read_records(data, columns)
         bare_PD, targets = start.vectors_PD[len(start.vectors_PD) - chosen.head_rows :], chosen.targets(records)
@@ -137,11 +139,11 @@ class LibrarySession:
     ) -> "LibrarySession":  # fmt: skip
         """Fits the library to a few records. The new library also has the prompt `adapted` and its task.
 
-        shots: records used (0: all of them); `per_class`: so many of each class.
+        shots: the number of records used (0: all), in total or `per_class`.
         how: "auto", or one of `adaptation.STRATEGIES`: "leave", "nearest", "compose", "head", "tune", "mixture",
             "demonstrations" or "compose+demonstrations".
-        task: a task of the library; `labels` (label to text) and `instruction` make a new one instead.
-        say: gets a sentence about the task and about labels without a record.
+        task: a task of the library. `labels` (label to text) and `instruction` define a new task instead.
+        say: receives a sentence about the task, and one about labels without a record.
 
         >>> mine = library.adapt("few.csv", shots=16, say=print)
         a new task, own: which of eye, skin
@@ -163,7 +165,7 @@ class LibrarySession:
         return adapt_session(self, target, chosen, how, seed)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the library to a new folder. Raises `LibraryError` if it exists."""
+        """Writes the library to a new folder. Raises `LibraryError` if it exists or cannot be written."""
         require_new(folder)
         self.library.save(Path(folder))
 
@@ -174,8 +176,8 @@ class LibrarySession:
         """Writes a prompt as a PEFT prompt-tuning folder; returns the model (folder or hub id) that PEFT loads.
 
         base: that model; None: the backbone's folder.
-        reenter: first tunes an input prompt that imitates this one, on the texts of `data` or on synthetic ones; `options`
-            (task, num_tokens, steps, seed) are those of `distill_library_prompt`. `say` gets how well it agrees.
+        reenter: first tunes an input prompt that imitates this one, on the texts of `data` or on synthetic texts.
+            `options` (task, num_tokens, steps, seed): see `distill_library_prompt`. `say` receives the agreement.
         """
         from ficpd.library.peft_distillation import Texts, distill_library_prompt
 
@@ -186,7 +188,7 @@ class LibrarySession:
         if data is not None:
             source = Path(data).name if isinstance(data, (str, Path)) else "records given"
             texts = Texts(read_records(data, columns, labelled=False), source)
-        backbone = self.model.backbone  # checks that it is the library's
+        backbone = self.model.backbone  # loading it checks its fingerprint
         if reenter:
             library = distill_library_prompt(self, prompt, texts, **options)
             for line in peft_io.reentry_lines(library.card):
@@ -196,11 +198,11 @@ class LibrarySession:
 
     @property
     def task(self) -> Task:
-        """Returns the task where none is named. Raises `LibraryError` if there are several to choose from."""
+        """Returns the default task. Raises `LibraryError` if there are several to choose from."""
         return self.tasks[self.named()]
 
     def named(self, task: str | None = None) -> str:
-        """Names the task: the one given, else the one that the library was adapted to, else the only one."""
+        """Returns a task's name: the given one, else the adapted one, else the only one; else raises `LibraryError`."""
         if task is not None and task not in self.tasks:
             raise LibraryError(f"{did_you_mean('task', task, self.tasks)} (--task)")
         adapted = adapted_facts(self.library).get("task")
@@ -220,7 +222,7 @@ class LibrarySession:
         return shown.encode(chosen, records, backbone, start, batch) if shown else batch
 
     def predictors(self, prompt: str | None, task: str | None = None) -> Sequence[Predictor]:
-        """Returns the prompt, or the mixture that it stands for in the task that it was adapted to."""
+        """Returns the prompt's predictor. An adapted prompt of a mixture has all of the mixture's, on its task."""
         vectors_PD, mixture = get_prompt(self.library, prompt).vectors_PD, self.library.mixture
         mine = prompt == ADAPTED and adapted_facts(self.library).get("task") == self.named(task)
         return mixture.predictors() if mine and mixture is not None else [Predictor(vectors_PD)]
@@ -234,7 +236,7 @@ class LibrarySession:
 
 
 def adapted_facts(library: PromptLibrary) -> Mapping[str, Any]:
-    """Returns how the library was adapted; empty if it was not."""
+    """Returns the card's facts about the adaptation; empty if the library is not adapted."""
     return library.card.get(ADAPTED, {})
 
 
@@ -242,17 +244,17 @@ def load_library(
     folder: str | Path, *, revision: str | None = None, backbone: str | None = None, device: str = "cpu",
     weights: bool = True,
 ) -> LibrarySession:  # fmt: skip
-    """Opens a library's folder, the run directory that holds one, or hf:OWNER/NAME, a library of the Hugging Face hub.
+    """Opens a library's folder, a run directory with one, or hf:OWNER/NAME of the Hugging Face hub.
 
     revision: a branch, tag or commit of the hub.
-    backbone: a name, folder or hub id in the place of the card's, such as where the weights lie on this machine.
-    device: cpu or cuda.
-    weights: False loads the backbone at its first use, after names, columns and labels were checked.
+    backbone: a name, folder or hub id that replaces the card's, such as the local folder of the weights.
+    device: "cpu", "cuda", "cuda:N" or "mps".
+    weights: False: loads and checks the backbone at its first use, after names, columns and labels were checked.
 
     >>> ficpd.load_library("runs/demo")
     <library: global, prototype-0, prototype-1; tiny; classification>
 
-    Raises `LibraryError` if the folder holds no library, or the backbone is not the one it was made on.
+    Raises `LibraryError` if the folder has no library, or the library was made on another backbone.
     """
     folder = Path(folder)
     library = PromptLibrary.load(folder, revision)
@@ -273,7 +275,7 @@ def load_library(
 
 
 def default_prompt(opened: LibrarySession, task: str | None = None) -> str | None:
-    """Chooses a task's prompt: the one adapted to it, the global one, else that of the nearest key."""
+    """Returns a task's prompt: the one adapted to it, else `global`, else that of the nearest key (None: no keys)."""
     library, task = opened.library, opened.named(task)
     for name in DEFAULT_PROMPTS:
         if name in library.prompts and (name != ADAPTED or adapted_facts(library).get("task", task) == task):
@@ -303,10 +305,10 @@ def resolve_task(
     labels: Mapping[str, str],
     instruction: str | None,
 ) -> TargetTask:
-    """The task named; else a new classification into `labels`; else the task of the library that all targets are of;
-    else a new classification whose labels are the targets found.
+    """Returns the named task, a new classification into `labels`, or the library's task that fits all targets.
 
-    Raises `LibraryError` if the targets make no classification.
+    If none fits, or with an `instruction`, the targets are the labels of a new classification. Raises `LibraryError` if
+    the targets are numbers or all the same, and `DataError` for a target without a label.
     """
     if name is not None or not (records or labels):
         name = opened.named(name)
@@ -322,8 +324,9 @@ def resolve_task(
 
 
 def _task_of(opened: LibrarySession, records: Sequence[Record]) -> str | None:
-    """The library's task that all targets are of: of several, the one with the fewest answers. A task without fixed answers
-    takes any text, and is meant only if it is the only one."""
+    """Returns the library's task that fits all targets: of several, the one with the fewest answers.
+
+    A task without fixed answers fits any text, so it counts only if it is the only task."""
     fitting = {}
     for name, task in opened.tasks.items():
         about = task.to_config()
@@ -342,7 +345,7 @@ def _fits(task: Task, records: Sequence[Record]) -> bool:
 
 
 def _labels_of(records: Sequence[Record]) -> dict[str, str]:
-    """Maps each target to its text: underscores are blanks."""
+    """Maps each target to a label text, with blanks for underscores. Raises `LibraryError`, as `resolve_task`."""
     found = sorted({str(record.fields["target"]).strip() for record in records})
     if is_regression_target(record.fields["target"] for record in records):
         raise LibraryError("the targets are real numbers, which are no labels, and the library has no task of numbers")
@@ -357,7 +360,7 @@ def _labels_of(records: Sequence[Record]) -> dict[str, str]:
 def adapt_session(
     opened: LibrarySession, own: TargetTask, shots: Sequence[Record], how: str = AUTO, seed: int = 0
 ) -> LibrarySession:
-    """Fits the library to these records of one task; `card["adapted"]` holds how, and a table of the strategies tried."""
+    """Fits the library to the records of one task. `card["adapted"]` has the choice and the table of strategies."""
     library = opened.library
     found = fit(library, shots, own.task, opened.model, local_training_config(library), how, seed)
     shown = found.fitted.demonstrations
@@ -382,7 +385,7 @@ def adapt_session(
 
 
 def local_training_config(library: PromptLibrary) -> LocalTrainingConfig:
-    """Returns the settings to tune on own records: those of the library, with Adam and without noise.
+    """Returns the settings to tune on a caller's records: those of the library, with Adam.
 
     Raises `LibraryError` if the card states no learning rate.
     """

@@ -21,12 +21,12 @@ Loss = Callable[[ModelOutput, Batch], Tensor]
 TEACHER = "teacher"
 """The key of the teachers' answers in `Batch.extra`."""
 FEWEST = 8
-"""The minimum number of examples to hold out a quarter. With fewer, all are used for tuning and measuring."""
+"""With fewer examples, all are used for tuning and for measuring; else a quarter is held out."""
 TEMPERATURE = 2.0
 
 
 class DistilledPrompt(NamedTuple):
-    """A tuned prompt [P, D], and the held-out loss `before`, of the start, and `after`."""
+    """A tuned prompt [P, D], and the held-out loss of the start (`before`) and of the prompt (`after`)."""
 
     vectors_PD: Tensor
     before: float
@@ -34,7 +34,7 @@ class DistilledPrompt(NamedTuple):
 
     @property
     def gained(self) -> bool:
-        """Tells whether the held-out loss is lower than the start's; if not, keep the start."""
+        """Tells whether the held-out loss is lower than the start's. If not, the caller keeps the start."""
         return self.after < self.before
 
 
@@ -86,7 +86,7 @@ def _taught(model: Model, lesson: TaskExamples, loss: str) -> Batch:
 
 
 def _of_all(logits_KBC: Tensor, lesson: TaskExamples) -> Tensor:
-    """Returns the teachers' weighted mean, [B, C]. A teacher of weight 0 does not count."""
+    """Returns the teachers' weighted mean, [B, C]. A teacher of weight 0 is left out."""
     K, weights = len(logits_KBC), list(lesson.weights or [1.0] * len(logits_KBC))
     if len(weights) != K or min(weights) < 0 or not sum(weights) > 0:
         raise ConfigError(f"weights = {weights}: expected {K} numbers from 0 on, not all 0")
@@ -98,7 +98,7 @@ def _of_all(logits_KBC: Tensor, lesson: TaskExamples) -> Tensor:
 
 
 def logits(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """Returns the scores of a task's answers, [R, C], with a readout's bias; `-inf` where a row has fewer answers."""
+    """Returns the logits of a task's answers, [R, C], with the readout's bias; `-inf` for missing answers."""
     if outputs.readout_RCD is not None:
         return torch.einsum("rd,rcd->rc", outputs.features_RD, outputs.readout_RCD)
     if batch.readout_CD is not None:
@@ -119,7 +119,7 @@ def squared(outputs: ModelOutput, batch: Batch) -> Tensor:
 
 
 def kl_loss(outputs: ModelOutput, batch: Batch) -> Tensor:
-    """Returns KL(teacher ‖ student) at the temperature, times its square, which keeps the size of gradients, [R]."""
+    """Returns T² · KL(teacher ‖ student) at temperature T, [R]. The factor T² keeps the size of gradients."""
     mine_RC = logits(outputs, batch)
     theirs_RC = batch.extra[TEACHER][:, : mine_RC.shape[1]]
     log_mine_RC = (mine_RC / TEMPERATURE).log_softmax(-1).masked_fill(theirs_RC == 0, 0.0)
@@ -133,7 +133,7 @@ LOSSES: Mapping[str, Loss] = {"squared": squared, "kl": kl_loss}
 
 
 def held_back(batch: Batch, seed: int) -> tuple[Batch, Batch]:
-    """Splits a batch at random: three quarters to tune on, one to measure on. Few examples are in both."""
+    """Splits a batch at random: three quarters to tune on, one to measure on. Both are the whole below `FEWEST`."""
     order = torch.randperm(len(batch), generator=rng.make_generator(seed, "held back"))
     if len(batch) < FEWEST:
         return batch.select(order), batch
@@ -141,7 +141,7 @@ def held_back(batch: Batch, seed: int) -> tuple[Batch, Batch]:
 
 
 def batches(batch: Batch, steps: int, size: int, seed: int) -> Iterator[Batch]:
-    """Yields `steps` batches of `size` examples (all, if there are fewer), each drawn anew."""
+    """Yields `steps` random batches of `size` examples, or of all if there are fewer."""
     random = rng.make_generator(seed, "batches")
     for _ in range(steps):
         yield batch.select(torch.randperm(len(batch), generator=random)[:size])

@@ -13,17 +13,17 @@ from ficpd.storage import atomic_write
 from ficpd.types import Record
 
 GRAM, ALIKE = 3, 0.7
-"""Two texts are near duplicates if their trigrams of words overlap by this Jaccard index."""
+"""Two texts are near duplicates if the Jaccard index of their word trigrams is at least `ALIKE`."""
 ALONE = 3
-"""A record with fewer words than this counts as memorised only if it is the whole text."""
+"""A record with fewer words counts as memorised only if it is the whole text."""
 
 
 @dataclass(frozen=True)
 class SyntheticExample:
     """A synthetic text.
 
-    label: as the data spells it; None before a vote.
-    prototype: the prompt that generated it.
+    label: as the data spells it; None for a text without an intended label, before the vote.
+    prototype: the prompt that generated it, or another source (`generation.WRITER`, `PUBLIC`, `NONSENSE`).
     agreement: the share of votes for the label.
     """
 
@@ -68,7 +68,7 @@ def distinct(examples: Sequence[SyntheticExample]) -> FilterResult:
 
 
 def balanced(examples: Sequence[SyntheticExample], ratio: float = 2.0) -> FilterResult:
-    """Limits each label to `ratio` times the rarest one; keeps the examples with the highest agreement."""
+    """Limits each label to `ratio` times the rarest label; keeps the examples with the highest agreement."""
     counts = Counter(example.label for example in examples)
     most = int(ratio * min(counts.values(), default=0))
     kept: list[SyntheticExample] = []
@@ -85,8 +85,8 @@ def memorised(
 ) -> list[SyntheticExample]:
     """Returns the examples that share a run of `words` words with a record, without case and punctuation.
 
-    A shorter record counts if an example contains all of it; one of one or two words only if it is the whole example.
-    The function reads records, so only a simulation may use it, and its result must not be published.
+    A shorter record counts if an example contains all of it. A record of one or two words must be the whole example.
+    The function reads records: use it only in simulations, and do not publish its result.
     """
     roles = ("text", "text_pair")
     texts = [words_of(r.fields[role]) for r in private for role in roles if r.fields.get(role)]
@@ -156,6 +156,6 @@ def _runs(words: list[str], length: int) -> set[tuple[str, ...]]:
 
 
 def grams_of(text: str) -> set[tuple[str, ...]]:
-    """Returns all trigrams of words; of a shorter text the whole."""
+    """Returns all word trigrams, or the whole of a shorter text."""
     words = words_of(text)
     return _runs(words, min(GRAM, len(words)))

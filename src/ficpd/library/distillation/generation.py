@@ -1,8 +1,8 @@
 """Generates synthetic examples on the server: texts, labelled by the prototypes.
 
-A writer (a causal backbone) generates texts for every public label. Without one, public texts or random words serve.
-The prototypes then vote: a text is kept if enough of them agree, and if they agree with its intended label. No
-client's record is read, so all of it is post-processing (docs/privacy.md).
+A writer (a causal backbone) generates texts for every public label. Without a writer, public texts or random words are
+used. The prototypes then vote: a text is kept if enough of them agree, and if they agree with its intended label. No
+client's record is read, so this is post-processing (docs/privacy.md).
 
 Zero-shot data generation: Ye et al., EMNLP 2022, arXiv 2202.07922. Labels from votes on public texts: Papernot et
 al., ICLR 2017, arXiv 1610.05755.
@@ -30,13 +30,13 @@ SHORTEST, MOST_SIGNS, MOST_REPEATED = 3, 0.4, 0.5
 OF_ITSELF = re.compile(
     r"\b(i['’]m sorry,? (but|for any)|as an ai|i['’]m an ai|language model|not able to assist)\b", re.I
 )
-"""Replies of an assistant about itself, which small writers often give instead of a text."""
+"""Matches an assistant's replies about itself, which small writers often give instead of a text."""
 SHOWN = (
     ("This text is about the weather", "Dark clouds rolled in over the harbour, and by noon it was pouring."),
     ("The writer is tired", "I slept three hours last night and can hardly keep my eyes open."),
     ("The tone is polite", "Could you please let me know when the next train leaves?"),
 )
-"""Requests with a text each, written for this file: small writers follow examples better than instructions."""
+"""Example requests with a text each: small writers follow examples better than instructions."""
 
 
 class PromptTemplate(NamedTuple):
@@ -60,10 +60,10 @@ def generate_texts(
     writer: Backbone, prompts: Mapping[str, Prompt], task: Task, per_label: int, seed: int, *, form: PromptTemplate = CHAT,
     temperature: float = 0.8, max_tokens: int = 40,
 ) -> FilterResult:  # fmt: skip
-    """Generates `per_label` drafts of every label, cleaned and without near duplicates.
+    """Generates `per_label` drafts of every label, cleans them and drops near duplicates.
 
-    Prototypes on the writer's own backbone take turns; without any, the bare writer generates. Raises `BackboneError`
-    if the backbone cannot generate, and `ConfigError` for a task without labels.
+    Prototypes tuned on the writer's backbone take turns. If there are none, the bare writer generates. Raises
+    `BackboneError` if the backbone cannot generate, and `ConfigError` for a task without labels.
     """
     wishes = [wish for wish in label_requests(task).items() for _ in range(per_label)]
     drafts: list[SyntheticExample] = []
@@ -82,14 +82,14 @@ def generate_texts(
 
 
 def from_texts(texts: Iterable[str]) -> FilterResult:
-    """Cleans public texts without labels and drops near duplicates; needs no writer."""
+    """Cleans public texts without labels and drops near duplicates, without a writer."""
     found = [clean_text(text, "") for text in texts]
     kept = [SyntheticExample(line, None, PUBLIC) for line, reason in found if reason is None]
     return FilterResult(kept, Counter(reason for _, reason in found if reason)).then(distinct)
 
 
 def from_nonsense(backbone: Backbone, number: int, seed: int) -> FilterResult:
-    """Returns random words of the vocabulary, the fallback without writer and texts."""
+    """Returns texts of random vocabulary words, for runs without a writer and without texts."""
     texts = backbone.synthetic_inputs(number, rng.derive_seed(seed, "synthetic nonsense"))
     return FilterResult([SyntheticExample(text, None, NONSENSE) for text in texts], Counter())
 
@@ -129,7 +129,7 @@ def few_shot_prefix(wish: str, form: PromptTemplate) -> str:
 
 
 def clean_text(text: str, asked: str) -> tuple[str, str | None]:
-    """#raw Returns the first line with content, and the reason to drop it (None: keep).
+    """Returns the first line with content, and the reason to drop it (None: keep).
 
     >>> clean_text('Sure, here is one:\\n"The match went to extra time', "")
     ('The match went to extra time', None)
@@ -171,9 +171,9 @@ def vote_labels(
     examples: Sequence[SyntheticExample],
     least_agreement: float = 0.75,
 ) -> FilterResult:
-    """Labels each text by the majority of the prompts, if their share is at least `least_agreement`.
+    """Labels each text by the most frequent vote of the prompts, if its share is at least `least_agreement`.
 
-    Drops a text whose intended label differs. Ties go to the task's first label.
+    Drops a text with another intended label. Ties go to the label that the task lists first.
     """
     names = list(label_requests(task))
     if not examples or not prompts:
@@ -196,7 +196,7 @@ def vote_labels(
 def labelled(
     model: Model, prompts: Mapping[str, Prompt], task: Task, examples: Sequence[SyntheticExample]
 ) -> dict[str, list[SyntheticExample]]:
-    """Labels the texts by each prompt alone, which defines a prototype's task."""
+    """Labels the texts by each prompt alone. These labels define a prototype's task."""
     found = zip(sorted(prompts), _labels(model, prompts, task, examples), strict=True)
     return {
         name: [replace(example, label=label, agreement=1.0) for example, label in zip(examples, labels, strict=True)]

@@ -1,4 +1,4 @@
-"""Meta-learns a prompt on the server that adapts to each of several tasks in few steps.
+"""Meta-learns, on the server, a prompt that adapts to each of several tasks in few steps.
 
 Reptile (Nichol et al., 2018, arXiv 1803.02999) and first-order MAML (Finn et al., ICML 2017, arXiv 1703.03400). A
 task is a prototype: synthetic examples with its labels (`generation.labelled`). No client is queried. Only first
@@ -32,7 +32,7 @@ class Episode(NamedTuple):
 
 @dataclass(frozen=True)
 class InnerLoop:
-    """The inner loop: `steps` of an optimizer at `rate` on each task, all from one prompt and in lock step."""
+    """The inner loop: `steps` of an optimizer at learning rate `rate` on each task, from one prompt, in lock step."""
 
     steps: int
     rate: float
@@ -51,7 +51,7 @@ class InnerLoop:
 
 @dataclass(frozen=True)
 class LocalLearner:
-    """The `ClientContext` of an optimizer on synthetic examples, without mechanism or ledger."""
+    """The `ClientContext` that an optimizer needs on synthetic examples, without mechanism or ledger."""
 
     id: str
     subspace: None = None
@@ -66,10 +66,10 @@ def reptile(
 ) -> DistilledPrompt:  # fmt: skip
     """Repeats start <- start + `outer_rate` · mean over the episodes of (adapted - start), `outer_steps` times.
 
-    episodes: a batch with labels per task.
+    episodes: a batch with labels for each task.
     outer_rate: a share from 0 to 1.
 
-    Raises `ConfigError` for an episode without labels or of fewer than two examples.
+    Raises `ConfigError` without episodes, and for one without labels or with fewer than two examples.
     """
     parts = _episodes(episodes, seed)
     prompt_PD = start_PD.detach().float().cpu()
@@ -106,7 +106,7 @@ def _episodes(tasks: Sequence[Batch], seed: int) -> list[Episode]:
 
 
 def _episode(batch: Batch, seed: int) -> Episode:
-    """Splits a task's examples: a quarter held out, the rest in halves."""
+    """Splits a task's examples by `held_back`, and the examples to tune on into halves."""
     if len(batch) < 2 or batch.targets is None:
         raise ConfigError(
             f"an episode has {len(batch)} examples {'without' if batch.targets is None else 'with'} labels: expected at "
