@@ -1,4 +1,4 @@
-"""Evaluates prompts on all test records and on each client's own. For simulations: it reads every client's records."""
+"""Evaluates prompts on all test records and on each client's own. Only simulations can read all clients' records."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def mixture_probabilities(predictors: Sequence[Predictor], batch: Batch) -> Gene
 
 
 def predictions_of(task: Task, predictors: Sequence[Predictor], batch: Batch) -> Generator[Query, Answer, list]:
-    """Predicts a batch by a client's mixture."""
+    """Predicts a batch by one prompt or by a mixture."""
     if len(predictors) == 1 and predictors[0].logits is None:
         return (yield from predictions(task, predictors[0].prompt_PD, batch))
     found_BC = yield from mixture_probabilities(predictors, batch)
@@ -50,7 +50,7 @@ def predictions_of(task: Task, predictors: Sequence[Predictor], batch: Batch) ->
 class Evaluation:
     """The scores of a method's prompts.
 
-    everyone: one prompt on all test records, the mean over tasks; None if the method shares no prompt.
+    everyone: the global prompt on all test records, the mean over tasks; None if the method shares no prompt.
     own: each client's prompt on its own test records.
     mean, worst: over the clients with test records.
     predicted: each client's predictions.
@@ -104,7 +104,7 @@ def local_models(
 
 
 def shared_batches(method: Method, state: State, clients: Mapping[str, Client]) -> dict[str, Batch]:
-    """Returns each client's test records as the state's shared prompts read them."""
+    """Returns each client's test records with the readout of the state's shared prompts."""
     return {
         name: client.encoded("test").with_readout(method.readout(state, client.card))
         for name, client in clients.items()
@@ -125,7 +125,7 @@ def _test_batch(
 def score_everyone(
     prompt_PD: Tensor, method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine
 ) -> Score:
-    """Scores one prompt on all clients' test records, in the state's readouts; each task counts once."""
+    """Scores one prompt on all clients' test records, with the state's readouts. Each task counts once."""
     tested = {name: client for name, client in clients.items() if client.test}
     batches = shared_batches(method, state, tested)
     work = {n: (client.task, prompt_PD, batches[n]) for n, client in tested.items()}
@@ -133,9 +133,9 @@ def score_everyone(
 
 
 def draw_sample(clients: Mapping[str, Client], number: int, seed: int) -> dict[str, list[int]]:
-    """Draws `number` test records of all clients together: by client, their places.
+    """Draws `number` test records from all clients together; returns their indices by client.
 
-    The draw has a random stream of its own.
+    The draw has a separate random stream.
     """
     every = [(name, place) for name, client in sorted(clients.items()) for place in range(len(client.test))]
     order = torch.randperm(len(every), generator=rng.make_generator(seed, "curve records"))[:number].tolist()
@@ -149,9 +149,9 @@ def score_sample(
     method: Method, state: State, clients: Mapping[str, Client], model: QueryEngine, round: int,
     sample: Mapping[str, Sequence[int]],
 ) -> Score:  # fmt: skip
-    """Scores the prompt that each client would be sent on a few of its test records; each task counts once.
+    """Scores the prompt that each client would receive on a sample of its test records. Each task counts once.
 
-    It tunes nothing and draws nothing at random. `sample`: the records' places, by client.
+    Tunes nothing and uses no random numbers. `sample`: the records' indices, by client.
     """
     members = {name: clients[name] for name in sample}
     work, batches = {}, shared_batches(method, state, members)
@@ -168,7 +168,7 @@ def score_prompt(task: Task, prompt_PD: Tensor, batch: Batch, targets: Sequence,
 
 
 def client_mean(scores: Mapping[str, Score]) -> Score:
-    """Returns the mean over clients; each counts once."""
+    """Returns the mean over clients; each client counts once."""
     names = sorted({name for score in scores.values() for name in score})
     return {name: sum(s[name] for s in scores.values() if name in s) / sum(name in s for s in scores.values())
             for name in names}  # fmt: skip

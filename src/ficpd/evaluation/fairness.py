@@ -1,8 +1,8 @@
 """Measures fairness over clients, and over the groups of a public column. For simulations.
 
-Three gaps between groups are measured. *Accuracy*: the share of correct answers. *Demographic parity*: the share that
-gets an answer, correct or not. *Equalised odds* (Hardt, Price, Srebro, NeurIPS 2016, arXiv 1610.02413): the share
-that gets an answer, among the records with that label and among the others.
+Three gaps between groups are measured. *Accuracy*: the share of correct answers. *Demographic parity*: the share of
+records that get an answer, correct or not. *Equalised odds* (Hardt, Price, Srebro, NeurIPS 2016, arXiv 1610.02413): the
+share that gets an answer, among the records with that label and among the others.
 
 If base rates differ between groups, a perfect classifier violates demographic parity but has equalised odds. So a
 demographic parity gap alone is not evidence of unfairness.
@@ -29,7 +29,7 @@ RESAMPLES = 2000
 
 
 class ConditionalRate(NamedTuple):
-    """The rate of `hit_N` among the records `over_N`; `of` describes it."""
+    """The rate of `hit_N` among the records `over_N` (booleans); `of` describes it."""
 
     hit_N: np.ndarray
     over_N: np.ndarray
@@ -39,9 +39,9 @@ class ConditionalRate(NamedTuple):
 def over_clients(scores: Mapping[str, Score], seed: int) -> dict[str, JSON]:
     """Returns per metric, over clients: mean, deviation (n-1), best, worst, and the mean of the worst tenth.
 
-    The worst tenth is rounded up to whole clients. An error is worst where it is highest. Intervals (95 %, 2,000
-    resamples of the clients) are too narrow for few clients; that of the worst tenth cannot go below the worst
-    client. One client has no deviation and no interval (None).
+    The worst tenth is rounded up to whole clients. The worst value of an error is the highest. Intervals (95 %, 2,000
+    resamples of the clients) are too narrow for few clients: that of the worst tenth ends at the worst client. One client
+    has no deviation and no interval (None).
     """
     names = sorted({name for score in scores.values() for name in score})
     return {
@@ -53,7 +53,7 @@ def over_clients(scores: Mapping[str, Score], seed: int) -> dict[str, JSON]:
 def share_worse_off(scores: Mapping[str, Score], alone: Mapping[str, Score]) -> dict[str, JSON]:
     """Returns per metric the share of clients with a worse score than `alone`, with Wilson's interval (1927).
 
-    A bootstrap interval of 0 of 20 clients would have length 0.
+    A bootstrap interval would have length 0 for a share of 0.
     """
     found = {}
     for name in sorted({name for score in scores.values() for name in score}):
@@ -80,7 +80,7 @@ def groups_of(records: Sequence[Record], column: str) -> list[str]:
 def over_groups(
     predicted: Mapping[str, list], clients: Mapping[str, Client], tasks: Mapping[str, Task], column: str, seed: int
 ) -> dict[str, JSON]:
-    """Returns per task the `group_gaps` of all clients' test records."""
+    """Returns, per task, the `group_gaps` of all clients' test records; no figures for a task without accuracy."""
     found = {}
     for name, task in tasks.items():
         own = [client for client in predicted if clients[client].task is task]
@@ -96,9 +96,9 @@ def over_groups(
 def group_gaps(answers: Sequence, truths: Sequence, groups: Sequence[str], seed: int) -> dict[str, JSON]:
     """Returns the accuracy per group with Wilson's interval, and the largest gap of each of the three kinds.
 
-    Labels are compared one against the rest, and the label with the largest gap is named. For a multiple choice a
-    label is a position, which needs equal options in all records. A group without records for a rate is left out of
-    it. `few` names the groups of fewer than 10 records. A gap is None if no two groups can be compared.
+    Labels are compared one against the rest, and the label with the largest gap is named. For multiple choice a label is a
+    position, which needs equal options in all records. A rate leaves out groups without records for it. `few` names the
+    groups of fewer than 10 records. A gap is None if no two groups can be compared.
     """
     group_N, right_N = np.array(groups), np.array([a == t for a, t in zip(answers, truths, strict=True)])
     whole_N = np.ones(len(groups), dtype=bool)
@@ -126,7 +126,7 @@ def group_gaps(answers: Sequence, truths: Sequence, groups: Sequence[str], seed:
 
 
 def fairlearn() -> Any:
-    """Returns fairlearn's metrics. Raises `PackageError` where it is missing."""
+    """Returns the module `fairlearn.metrics`. Raises `PackageError` if it is missing."""
     with needs("fairness.group", "fairness"):
         return import_module("fairlearn.metrics")
 
@@ -134,8 +134,8 @@ def fairlearn() -> Any:
 def _largest(rates: Sequence[ConditionalRate], group_N: np.ndarray, seed: int) -> dict[str, JSON] | None:
     """Returns the rate with the largest gap between two groups, the gap, and its interval.
 
-    The interval ignores the choice of rate and groups, so it is too narrow and biased upwards for many of them. It is
-    None if a group has fewer than 10 records, or if resampling cannot change the rates.
+    The interval ignores the choice among rates and groups, so with many it is too narrow and biased upwards. It is None if
+    a group has fewer than 10 records, or if resampling cannot change the rates.
     """
     metrics, compared = fairlearn(), []
     for rate in rates:
@@ -187,7 +187,7 @@ def _share(count: int, number: int, name: str) -> dict[str, JSON]:
 
 
 def _interval(samples: Sequence[np.ndarray], statistic: Callable[..., Any], seed: int) -> list[float] | None:
-    """Returns the percentile interval of a statistic, or None if a sample has a single value."""
+    """Returns the bootstrap percentile interval of a statistic; None if a sample has fewer than two values."""
     if min(map(len, samples)) < 2:
         return None
     random = np.random.default_rng(derive_seed(seed, "resampled"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and its format (`scale`, `digits`, `unit`). `less_is_better`: a higher value is worse."""
+    """A metric and its format (`scale`, `digits`, `unit`). `less_is_better`: lower values are better."""
 
     name: str
     scale: float = 1.0
@@ -22,7 +22,7 @@ class Metric:
         return 0.0 if share or self.less_is_better else -math.inf, 1.0 if share else math.inf
 
     def shown(self, value: float) -> str:
-        """Formats a value for a table with the unit in the heading.
+        """Formats a value without its unit, for a table with the unit in the heading.
 
         >>> Metric("accuracy", 100, 1, " %").shown(0.8125)
         '81.2'
@@ -35,7 +35,7 @@ MAIN = (Metric("accuracy", 100, 1, " %"), Metric("rmse", less_is_better=True), M
 
 
 def main_metric(names: Iterable[str]) -> Metric:
-    """Returns the main metric of a score, or its first metric unscaled.
+    """Returns the first of `MAIN` among a score's metrics, else the first in alphabetical order, unscaled.
 
     >>> main_metric({"f1": 0.7, "accuracy": 0.8}).name, main_metric(["loss", "regret"]).name
     ('accuracy', 'loss')

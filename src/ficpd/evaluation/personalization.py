@@ -1,6 +1,6 @@
 """Scores each level of a method's prompts on a client's own records and on other clients' records.
 
-A personal prompt that only fits its own client has low scores elsewhere. For simulations.
+A personal prompt that fits only its own client has low scores on other clients' records. For simulations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,8 +33,8 @@ def personalization_levels(
 ) -> Levels:  # fmt: skip
     """Scores `personal`, `cluster` and `global` prompts on `own` test records and on those of `others`.
 
-    `others` are clients of other clusters with the same task (or all other clients, without several clusters). Values
-    are means over the same clients at each level; None if there are none. `personal`: the clients' mixtures, if known.
+    `others` are clients of the same task in other clusters (with fewer than two clusters, all others of the task). Values
+    are means over the same clients at each level; None without clients. `personal`: the clients' mixtures, if known.
     """
     tested = {name: client for name, client in clients.items() if client.test}
     member = state.facts.get("clusters") or {}
@@ -60,8 +60,7 @@ def personalization_levels(
 def unseen_client_scores(
     method: Method, state: State, unseen: Mapping[str, Client], model: QueryEngine, round: int
 ) -> dict[str, Score | None]:
-    """Scores clients that did not participate: the `global` prompt, and the `assigned` one for a client with this
-    card."""
+    """Scores clients that did not participate, under the `global` prompt and the prompt `assigned` to their card."""
     tested = {name: client for name, client in unseen.items() if client.test}
     assignments = {name: method.make_assignment(state, client.card, round) for name, client in tested.items()}
     shared = method.global_prompt(state)
@@ -80,7 +79,7 @@ def _levels(
     method: Method, state: State, tested: Mapping[str, Client], personal: Mapping[str, Sequence[Predictor]],
     member: Mapping[str, int],
 ) -> dict[str, dict[str, Sequence[Predictor]]]:  # fmt: skip
-    """Returns level to client to model, without a level that equals the next.
+    """Returns the clients' models by level. Leaves out a level that equals the next.
 
     A client without a cluster uses the global prompt at the cluster level.
     """
@@ -111,7 +110,7 @@ def _alike(one: Sequence[Predictor], other: Sequence[Predictor]) -> bool:
 def _others_batch(
     name: str, tested: Mapping[str, Client], member: Mapping[str, int], seed: int
 ) -> tuple[Batch, list[Record]] | None:
-    """Returns test records of clients with another name and cluster, encoded; None if there are none."""
+    """Returns up to `ELSEWHERE` test records of a client's `others`, encoded and raw; None if it has none."""
     apart = len({member[other] for other in tested if other in member}) > 1
     others = [
         client

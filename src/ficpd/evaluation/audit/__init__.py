@@ -1,1 +1,1 @@
-"""Attacks the releases of a run and measures the leak about a record: a check of `privacy`."""
+"""Attacks the releases of a run and measures the leak about a record, to check `privacy`."""

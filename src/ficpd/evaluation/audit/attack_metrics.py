@@ -1,6 +1,6 @@
 """Measures an attack: AUC, advantage, and the true positive rate at low false positive rates.
 
-Shapes: N records, members and non-members together. All intervals are at 95%.
+Shapes: N records (members and non-members), A attacks. All intervals have 95% confidence.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class AttackMetrics:
 
     auc: the probability that a member scores above a non-member.
     advantage: TPR - FPR at a threshold chosen on other records; about 0 for a useless attack.
-    tpr: at a false positive rate of at most 1% and 0.1%; None with too few non-members.
+    tpr: the true positive rate at a false positive rate of at most 1% and 0.1%; None with too few non-members.
     """
 
     auc: float
@@ -61,9 +61,9 @@ def attack_metrics(score_N: ArrayLike, member_N: ArrayLike, seed: int) -> Attack
 def best_advantage(scores: Mapping[str, ArrayLike], member_N: ArrayLike, seed: int) -> tuple[float, Interval]:
     """Returns the advantage of the best attack at its best threshold, and its interval.
 
-    Both are chosen on one half of the records and measured on the other, in both directions; choosing on the measured
-    records would bias the advantage upwards. The interval is that of two independent proportions (Agresti and Caffo,
-    The American Statistician 54(4), 2000), valid also near 0 and 1.
+    Attack and threshold are chosen on one half of the records and measured on the other half, in both directions. A choice
+    on the measured records would bias the advantage upwards. The interval is that of two independent proportions (Agresti
+    and Caffo, The American Statistician 54(4), 2000), valid also near 0 and 1.
     """
     if not scores:
         raise PrivacyError("scores: expected at least one attack")
@@ -78,9 +78,9 @@ def best_advantage(scores: Mapping[str, ArrayLike], member_N: ArrayLike, seed: i
 
 
 def label_matched(labels_members: ArrayLike, labels_nonmembers: ArrayLike, seed: int) -> np.ndarray:
-    """Returns the sorted indices of the most non-members with the members' label shares.
+    """Returns the sorted indices of as many non-members as possible with the members' label shares.
 
-    Without matching, an attack could succeed by the label alone.
+    Without matching, an attack could succeed by the label alone. Raises `PrivacyError` if a label has no non-member.
 
     >>> label_matched(["a", "a", "b"], ["b", "b", "b", "a", "a"], seed=0).size
     3
@@ -126,7 +126,7 @@ def _best_threshold(score_AN: np.ndarray, member_N: np.ndarray) -> tuple[int, fl
 
 
 def _difference_interval(true: np.ndarray, false: np.ndarray) -> Interval:
-    """Adds one success and one failure to each proportion."""
+    """Returns Agresti and Caffo's interval: each proportion gets one more success and failure."""
     p, q, m, n = (true.sum() + 1) / (len(true) + 2), (false.sum() + 1) / (len(false) + 2), len(true) + 2, len(false) + 2
     margin = norm.ppf(0.975) * np.sqrt(p * (1 - p) / m + q * (1 - q) / n)
     return max(float(p - q - margin), -1.0), min(float(p - q + margin), 1.0)
@@ -147,10 +147,9 @@ def _auc_interval(score_N: np.ndarray, member_N: np.ndarray, seed: int, resample
 
 
 def _tpr_at(rate: float, score_N: np.ndarray, member_N: np.ndarray) -> tuple[float, Interval] | None:
-    """Returns the highest true positive rate at a false positive rate of at most `rate`, with its Clopper-Pearson
-    interval.
+    """Returns the highest true positive rate at a false positive rate of at most `rate`, and its interval.
 
-    The interval is over the members, given the threshold. Returns None with fewer than 1 / `rate` non-members.
+    The interval (Clopper-Pearson) is over the members, given the threshold. None with fewer than 1 / `rate` non-members.
     """
     members, others = int(member_N.sum()), int((~member_N).sum())
     if others * rate < 1 - 1e-9:

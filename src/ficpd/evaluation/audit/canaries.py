@@ -1,13 +1,13 @@
 """Attacks a client with the worst record, subject or client over a whole run, without a forward pass.
 
 Nasr et al., USENIX Security 2023, arXiv 2302.07956: the canary's contribution is huge in one coordinate (a Dirac
-gradient), and the adversary sees every release. Every trial is a run of its own: its assignments are carried out by
-`federation.client.execute_assignment`, and a ledger account charges them. So the audit covers the mechanism, and the
-client's use of it: its streams of noise, its charges, the end of its budget, and the release of its update. The contribution
-changes its sign from step to step and from round to round, so that noise which repeats cancels.
+gradient), and the adversary sees every release. Every trial is a separate run: `federation.execution.execute_assignment`
+executes its assignments, and a ledger account charges them. So the audit covers the mechanism and the client's use of it:
+its noise streams, its charges, the end of its budget, and the release of its update. The contribution changes its sign
+from step to step and from round to round, so that repeated noise cancels.
 
-Of a secure sum the adversary is the server with `max_colluding` sites: it sees the sum of the attacked client's term and the
-noise of the other honest sites, once a round. The attacked client is a site with the least records that all have.
+For a secure sum, the adversary is the server with `max_colluding` sites. Once a round it sees the sum of the attacked
+client's term and the other honest sites' noise. The attacked client has the minimum number of records of any site.
 
 Noise comes from seeds, also for a run with cryptographic noise.
 """
@@ -42,24 +42,24 @@ from ficpd.privacy.shared_gaussian import GRADIENT, GRID, SharedGaussian
 from ficpd.types import Answer, Assignment, Batch, ClientUpdate, ClientWorkload, PrivacyCost, Query, Record, State
 
 HUGE, SMALL = 1e6, 1e-6
-"""A canary's contribution, far above any clip norm, and the others', of alternating sign."""
+"""The contribution of a canary, far above any clip norm, and that of the others, of alternating sign."""
 CANARY, SUM = "canary", "sum/"
 MOST_RECORDS = 64
-"""Records of a canary that is a subject."""
+"""The maximum number of records of a canary that is a subject."""
 AFFORDED = {ReleaseKind.STEP: 24_000, ReleaseKind.UPDATE: 24_000, ReleaseKind.SUM: 16_000}
-"""The maximum number of releases of a kind in all trials of one setting. It bounds the time of an audit."""
+"""The releases of a kind in all trials of one setting. They bound the time of an audit (`num_trials`)."""
 Run = Callable[[int, bool], tuple[float, list[PrivacyCost]]]
-"""A trial, with or without the canary: its score, and the costs in its ledger."""
+"""Runs a trial, with or without the canary. Returns its score and the costs in its ledger."""
 Counter = Callable[[int, int], None]
-"""Is called with the number of runs done, and of those planned."""
+"""Receives the number of finished runs and of planned runs."""
 REPORTS = 20
-"""Calls of a `Counter` in one audit."""
+"""The approximate number of calls of a `Counter` in one audit."""
 Release = Callable[[Assignment], Callable[[ClientSession], ClientUpdate] | None]
 """Turns an assignment's terms into the adversary's view; None: its update is sent unchanged."""
 
 
 def no_count(done: int, planned: int) -> None:
-    """Shows nothing."""
+    """Ignores the progress."""
 
 
 def lower_bound(
@@ -68,9 +68,9 @@ def lower_bound(
 ) -> LowerBound:  # fmt: skip
     """Returns a lower bound on the epsilon of a client's planned run, and the ledger's epsilon.
 
-    client: its mechanism is attacked, and records, account, seed and state are replaced. trials: runs in each setting, of
-    which `num_trials` allows fewer. count: gets the runs done and planned. Raises `PrivacyError` for a
-    mechanism without a guarantee.
+    client: its mechanism is attacked; its records, account, seed and state are replaced.
+    trials: the maximum number of runs with and without the canary (`num_trials`).
+    Raises `PrivacyError` for a mechanism without a guarantee.
 
     Guarantees: for a correct client, the bound is above its epsilon with probability at most 1 - `confidence` over the
         streams (`tests/evaluation/audit/test_canaries.py`).
@@ -82,7 +82,7 @@ def lower_bound(
 
 
 def num_trials(mechanism: Mechanism, plan: ClientWorkload, trials: int) -> int:
-    """Returns the number of runs for `trials` requested ones: at least 200, at most `AFFORDED` allows."""
+    """Returns the number of runs: `trials`, or as many as `AFFORDED` allows, but not reduced below 200."""
     kind = release_kind(mechanism)
     releases = {
         ReleaseKind.STEP: plan.steps * plan.participations,
@@ -93,7 +93,7 @@ def num_trials(mechanism: Mechanism, plan: ClientWorkload, trials: int) -> int:
 
 
 def release_kind(mechanism: Mechanism) -> ReleaseKind:
-    """Returns the kind of release that carries the unit's contribution: STEP, UPDATE or SUM."""
+    """Returns the kind of release that has the unit's contribution: STEP, UPDATE or SUM."""
     if mechanism.unit == "none":
         raise PrivacyError("unit = 'none': expected a mechanism with a guarantee")
     if mechanism.unit == "record":
@@ -104,9 +104,9 @@ def release_kind(mechanism: Mechanism) -> ReleaseKind:
 def play(
     client: Client, plan: ClientWorkload, trials: int, seed: int, count: Counter = no_count
 ) -> tuple[list[float], list[float], float]:
-    """Returns the scores of all runs without and with the canary, and the epsilon that a run's ledger states.
+    """Returns the scores of all runs without and with the canary, and the epsilon of a run's ledger.
 
-    A score grows with the likelihood ratio of the run's releases, with to without the canary, under their stated costs.
+    A score increases with the likelihood ratio (with to without the canary) of the run's releases at their stated costs.
     """
     runs = {ReleaseKind.STEP: _record_run, ReleaseKind.UPDATE: _client_run, ReleaseKind.SUM: _central_run}
     with closing(Ledger(":memory:", "audit")) as ledger:  # an account for each trial
@@ -126,10 +126,11 @@ def _counted(run: Run, trial: int, there: bool, trials: int, count: Counter) -> 
 
 
 class CanaryMethod(Method):
-    """Releases the mean of each step, or its contribution itself, as it is.
+    """Releases the mean of each step, or the contribution itself.
 
-    contribution: of each record [N], or of the client [1]. expected: the batch size; None: the contribution is the update.
-    summed: the steps of an assignment are seen together, and have one sign.
+    contribution: that of each record [N], or of the client [1].
+    expected: the expected batch size; None: the contribution is the update.
+    summed: the adversary sees the sum of an assignment's steps, so they have one sign.
     once, totals: names of sums over all records, released in the first assignment or in each.
     """
 
@@ -171,12 +172,12 @@ def sign(place: int) -> int:
 
 
 def _record_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger) -> Run:
-    """Returns a trial with a canary record that is sampled like the others, or contributes nothing.
+    """Returns a trial with a canary record, which is sampled like the others and may contribute nothing.
 
-    Sums over all records, such as class totals, are attacked too, but for a secure sum's.
+    Without a secure sum, it also attacks sums over all records, such as class totals.
 
-    Where the unit is a subject, the canary is one: it has all records that the others, with one each, leave it, but
-    `MOST_RECORDS` at most. The other contributions cancel, so a mechanism that clips the mean instead of each record is
+    If the unit is a subject, so is the canary. The other subjects have one record each, and the canary has the rest, at
+    most `MOST_RECORDS`. The other contributions cancel, so a mechanism that clips the mean instead of each record is
     detected.
     """
     mechanism = client.mechanism
@@ -214,7 +215,7 @@ def _record_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger)
 
 
 def _of_sum(name: str, mechanism: Mechanism, rounds: Sequence[tuple[int, ClientUpdate]]) -> float:
-    """Returns the log likelihood ratio of a named sum's releases; its rows are clipped to norm 1."""
+    """Returns the log likelihood ratio of a named sum's releases. Its rows are clipped to norm 1."""
     cost, found = mechanism.cost(ReleaseKind.STATISTIC, name), [(r, u.arrays.get(SUM + name)) for r, u in rounds]
     if cost is None:
         raise PrivacyError(f"the mechanism states no cost for the sum {name!r}")
@@ -222,7 +223,7 @@ def _of_sum(name: str, mechanism: Mechanism, rounds: Sequence[tuple[int, ClientU
 
 
 def _worst_site(mechanism: SharedGaussian, plan: ClientWorkload) -> ClientWorkload:
-    """Returns the plan of a site with the least records (subjects), which samples at the highest rate."""
+    """Returns the plan of a site with the fewest records (subjects), which has the highest sampling rate."""
     least, rate = mechanism.public_units or plan.num_units, mechanism.plan.sampling_rate
     units = {"num_records": least} if plan.num_subjects is None else {"num_subjects": least}
     return replace(plan, sampling_rate=rate, **units)
@@ -233,7 +234,7 @@ def _as_it_is(assignment: Assignment) -> None:
 
 
 def _sum_of_honest(client: Client, mechanism: SharedGaussian, trial: tuple) -> Release:
-    """Releases the client's term of a secure sum together with the noise of the other honest sites."""
+    """Releases the sum of the client's term of a secure sum and the other honest sites' noise."""
 
     def of(assignment: Assignment) -> Callable[[ClientSession], ClientUpdate]:
         release = terms.releasing(client, terms.VectorOrder(assignment, ("",), {GRADIENT: 1}, {}))
@@ -251,7 +252,7 @@ def _sum_of_honest(client: Client, mechanism: SharedGaussian, trial: tuple) -> R
 
 
 def _client_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger) -> Run:
-    """Returns a trial with a client whose huge updates have either sign, under local noise."""
+    """Returns a trial with a client of huge updates, negated without the canary, under local noise."""
     client = _trial_client(client, [Record(CANARY, {})])
     methods = [CanaryMethod(torch.tensor([value])) for value in (-HUGE, HUGE)]
     *_, budget = _terms(client.mechanism, ReleaseKind.UPDATE)
@@ -265,7 +266,7 @@ def _client_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger)
 
 
 def _central_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger) -> Run:
-    """Returns a trial with a client that is absent or sampled, under central noise, with a new server."""
+    """Returns a trial with a new server and central noise. Without the canary, its client is absent."""
     cost, clip_norm, budget = _terms(client.mechanism, ReleaseKind.SUM)
     expected = cost.sampling_rate * plan.num_clients
     values = {f"client-{i}": value for i, value in enumerate(_alternating(plan.num_clients).tolist())} | {CANARY: HUGE}
@@ -294,7 +295,7 @@ def _central_run(client: Client, plan: ClientWorkload, seed: int, ledger: Ledger
 
 
 def _trial_client(client: Client, records: Sequence[Record]) -> Client:
-    """Returns the client with these records, whose encodings hold their places alone, and without compression."""
+    """Returns the client without compression, with these records, encoded as their indices only."""
     whole = none.build(none.Config(), client.start, 0)
     client = replace(client, train=records, compression=whole, encodings={}, pending_costs=())
     places = torch.arange(len(records))
@@ -303,7 +304,7 @@ def _trial_client(client: Client, records: Sequence[Record]) -> Client:
 
 
 def _renew(client: Client, ledger: Ledger, budget: Budget, seed: int, *trial: Any) -> Account:
-    """Gives the client the private seed, the account and the state of a run of its own. Returns the account."""
+    """Gives the client a new private seed, state and account for a trial. Returns the account."""
     client.private_seed, client.client_state = rng.derive_seed(seed, CANARY, *trial), {}
     client.account = ledger.account(" ".join(map(str, trial)), budget)
     return client.account
@@ -312,7 +313,7 @@ def _renew(client: Client, ledger: Ledger, budget: Budget, seed: int, *trial: An
 def _rounds(
     method: Method, client: Client, number: int, release: Release = _as_it_is
 ) -> Iterator[tuple[int, ClientUpdate]]:
-    """Carries out assignments until the budget ends, and yields their releases."""
+    """Executes `number` assignments, or fewer if the budget ends; yields each round and its update."""
     model = QueryEngine(client.backbone)
     with suppress(BudgetError):
         for round in range(1, number + 1):
@@ -329,10 +330,10 @@ def _terms(mechanism: Mechanism, kind: ReleaseKind) -> tuple[PrivacyCost, float,
 
 
 def _log_ratio(sums: Sequence[float], cost: PrivacyCost, clip_norm: float, steps: int = 1) -> float:
-    """Returns the log likelihood ratio of with to without the canary, under the stated cost.
+    """Returns the log likelihood ratio (with to without the canary) at the stated cost.
 
-    A release x of so many steps s together, in clip norms, is N(0, sz²) without it, and with it a mixture of N(k, sz²), k
-    from Binomial(s, q).
+    The sum x of s steps, in clip norms, is N(0, sz²) without the canary. With it, x is N(k, sz²), with k from
+    Binomial(s, q).
     """
     if not sums:
         return 0.0

@@ -14,13 +14,11 @@ from ficpd.errors import PrivacyError
 from ficpd.evaluation.audit.membership import as_bool_vector, as_floats
 
 CAUTION = 50
-"""The threshold is chosen at an error this many times smaller, which avoids thresholds that a few extreme runs
-favour."""
+"""The threshold is chosen at an error this many times smaller. Otherwise a few extreme runs would decide it."""
 
 
 def two_world_bound(scores_without: ArrayLike, scores_with: ArrayLike, delta: float, confidence: float = 0.95) -> float:
-    """Returns a lower bound on epsilon from many runs without and with one canary. A higher score indicates the
-    canary.
+    """Returns a lower bound on epsilon from the scores of runs without and with one canary (higher: with it).
 
     Jagielski et al., NeurIPS 2020, arXiv 2006.07709 (algorithm 2); Nasr et al., S&P 2021, arXiv 2101.04535. The first
     half of the runs chooses the threshold, the second half gives the bound.
@@ -47,10 +45,9 @@ def one_run_bound(
 ) -> float:
     """Returns a lower bound on epsilon from one run with M canaries, each included with probability 1/2.
 
-    Steinke, Nasr and Jagielski, NeurIPS 2023, arXiv 2305.08846 (algorithm 1). Of `guesses` canaries the half with the
-    highest scores is guessed in, the half with the lowest out; the rest is ignored. `guesses` must be fixed before
-    the scores are seen; the default is M / 3. Ties are broken at random. The bound is at most log(guesses / -log(1 -
-    confidence)).
+    Steinke, Nasr and Jagielski, NeurIPS 2023, arXiv 2305.08846 (algorithm 1). The `guesses` / 2 canaries with the highest
+    scores are guessed included, and as many with the lowest excluded. `guesses` must be fixed before the scores are seen;
+    the default is M / 3. Ties are broken at random. The bound is at most about log(guesses / -log(1 - confidence)).
 
     Guarantees:
         If inclusions are fair, independent and affect nothing else in the run, the mechanism's true epsilon at `delta`, for
@@ -73,7 +70,7 @@ def one_run_bound(
 
 
 def _bound(out: np.ndarray, in_: np.ndarray, thresholds_T: np.ndarray, delta: float, confidence: float) -> np.ndarray:
-    """Returns the bound at each threshold, [T]. Each rate's interval gets half of the error."""
+    """Returns the bound at each threshold, [T]. Each rate's limit gets half of the error."""
     error = (1 - confidence) / 2
     false_positives = len(out) - np.searchsorted(np.sort(out), thresholds_T, side="left")
     false_negatives = np.searchsorted(np.sort(in_), thresholds_T, side="left")

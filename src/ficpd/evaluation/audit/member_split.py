@@ -37,10 +37,10 @@ class Split:
 
 
 def split_records(task: Task, train: Sequence[Record], spare: Sequence[Record], limit: int, seed: int) -> Split:
-    """Takes at most `limit` members of `train`; half of `spare` is scored, the other half is the attacker's.
+    """Takes at most `limit` members of `train`. Half of `spare` is scored; the attacker has the other half.
 
-    Duplicates of training records or of each other are dropped from `spare`, and so are records of subjects that are in
-    `train`. No subject is in both halves. Raises `PrivacyError` if too few are left.
+    Drops from `spare` duplicates, records of `train`, and records of subjects in `train`. No subject is in both halves.
+    Raises `PrivacyError` if too few are left.
     """
     seen, known = {_contents(record) for record in train}, {record.subject for record in train} - {None}
     new = {_contents(r): r for r in spare if _contents(r) not in seen and r.subject not in known}
@@ -67,7 +67,7 @@ def _contents(record: Record) -> str:
 
 
 def _alike(task: Task, members: Sequence[Record], others: Sequence[Record], limit: int, seed: int) -> list[Record]:
-    """Returns about `limit` of the others with the members' label shares. Numbers are not matched."""
+    """Returns about `limit` of the others, with the members' label shares. Numeric targets are not matched."""
     if not has_labels(task, members) or not others:
         return list(others[:limit])
     wanted, labels, room, kept = task.targets(members), task.targets(others), Counter(), []

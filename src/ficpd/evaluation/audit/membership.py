@@ -14,19 +14,19 @@ from scipy.special import logsumexp
 from ficpd.errors import PrivacyError
 
 FLOAT32_STEP = 2.0**-24
-"""The smallest positive loss in float32: half the distance from 1 to the next number below it."""
+"""The smallest positive loss -log(p) in float32: 1 - 2**-24 is the largest probability p below 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttackData:
     """The data of an attacker whose shadow prompts did not see the records ("offline").
 
-    target_N, population_Z: losses under the attacked prompt.
-    shadow_SN, shadow_SZ: losses under S shadow prompts, none of which saw any of the N records.
+    target_N, population_Z: losses under the attacked prompt, which was not trained on the Z records.
+    shadow_SN, shadow_SZ: losses under S shadow prompts, not trained on the N records, nor if possible on the Z.
+    member_N: whether a record is a member.
     likelihood: a loss is -log of a probability, so at least 0. False: any number, lower for a better fit.
 
-    The prompt did not see the Z records; the shadows did not either, if possible. Arrays and tensors become float64
-    arrays.
+    Arrays and tensors become float64 arrays.
     """
 
     target_N: np.ndarray
@@ -62,9 +62,9 @@ def yeom(evidence: AttackData) -> np.ndarray:
 def lira(evidence: AttackData) -> np.ndarray:
     """Offline LiRA (Carlini et al., S&P 2022, arXiv 2112.03570, algorithm 1 without its "in" half). [N]
 
-    The score is the record's logit-scaled confidence less its mean over the shadows, in standard deviations. One
-    variance for all records, as the paper advises for few shadows. The paper reports the normal distribution function
-    of this score; the order is the same.
+    The score is the record's logit-scaled confidence minus its mean over the shadows, in standard deviations. All records
+    share one variance, as the paper advises for few shadows. The paper reports the normal distribution function of this
+    score; the order is the same.
     """
     phi_N, phi_SN = _confidence(evidence.target_N, evidence), _confidence(evidence.shadow_SN, evidence)
     variance = phi_SN.var(axis=0, ddof=1).mean() if len(phi_SN) > 1 else 0.0
@@ -72,7 +72,7 @@ def lira(evidence: AttackData) -> np.ndarray:
 
 
 def _confidence(losses: np.ndarray, evidence: AttackData) -> np.ndarray:
-    """Returns log(p / (1 - p)) with p = exp(-loss) (equation 4), nearly normal over shadows; or minus another loss."""
+    """Returns log(p / (1 - p)) with p = exp(-loss) (equation 4), or minus the loss without `likelihood`."""
     if not evidence.likelihood:
         return -losses
     losses = np.maximum(losses, FLOAT32_STEP)
@@ -96,8 +96,8 @@ def rmia(evidence: AttackData, gamma: float = 1.0, offline_scale: float = 0.3) -
 def _log_ratio(target_X: np.ndarray, shadow_SX: np.ndarray, likelihood: bool, offline_scale: float) -> np.ndarray:
     """Returns log Pr(x | prompt) - log Pr(x), where Pr(x) is a mean over shadow prompts.
 
-    Shadows that did not see x underestimate Pr(x), so the paper corrects it to ((1 + a) * mean + 1 - a) / 2. The
-    correction needs probabilities; other losses are not corrected.
+    Shadows not trained on x underestimate Pr(x), so the paper corrects it to ((1 + a) * mean + 1 - a) / 2. The correction
+    needs probabilities; other losses are not corrected.
     """
     mean_X = logsumexp(-shadow_SX, axis=0) - np.log(len(shadow_SX))
     if likelihood:
@@ -107,7 +107,10 @@ def _log_ratio(target_X: np.ndarray, shadow_SX: np.ndarray, likelihood: bool, of
 
 
 def as_floats(name: str, values: ArrayLike, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Returns values as float64, by default in one dimension. Raises `PrivacyError` for another shape, none, or NaN."""
+    """Returns values as float64, by default of one dimension.
+
+    Raises `PrivacyError` for another shape, for a number that is not finite, and for no number of a given `shape`.
+    """
     array = np.asarray(values, dtype=float)
     expected = shape or (array.size,)
     if array.shape != expected or not np.isfinite(array).all() or (shape and not array.size):

@@ -67,7 +67,7 @@ class Audit:
 
 
 def table(audit: Audit) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and cells: one attack a line, each figure with its 95% interval."""
+    """Returns headings and cells: one attack a row, each figure with its 95% interval."""
     heads = ["attack", "AUC", "advantage", "members found, 1% accused", "members found, 0.1% accused"]
     cells = [
         [name, _figure(o.auc, o.auc_interval), _figure(o.advantage, o.advantage_interval)]
@@ -80,7 +80,7 @@ def table(audit: Audit) -> tuple[list[str], list[list[str]]]:
 def verdict(audit: Audit) -> str:
     """Returns the audit's verdict in one or two sentences.
 
-    A bound above the stated ε raises the alarm; no such bound proves nothing.
+    A bound above the stated ε raises the alarm. The absence of such a bound proves nothing.
     """
     broken = {name: bound for name, bound in audit.bounds.items() if bound.contradicts}
     if broken:

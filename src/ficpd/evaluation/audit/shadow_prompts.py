@@ -1,6 +1,6 @@
 """Trains shadow prompts like the attacked prompt, on the attacker's records.
 
-They give a record's loss when it was not trained on (Shokri et al., S&P 2017, arXiv 1610.05820).
+They estimate the loss of a record that was not trained on (Shokri et al., S&P 2017, arXiv 1610.05820).
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ def shadow_prompts(
     training: LocalTrainingConfig, pool: Sequence[Record],
     size: int, steps: int, batch_size: int, number: int, seed: int,
 ) -> Tensor:  # fmt: skip
-    """Tunes `number` prompts without privacy, each on its own random `size` records of the pool. [S, P, D]
+    """Tunes `number` prompts without privacy, each on `size` random records of the pool. Returns [S, P, D].
 
-    They run in lock step. The pool is encoded once, so they share the lower layers.
+    The prompts are tuned in lock step. The pool is encoded once, so they share the outputs of the lower layers.
     """
     if number < 1 or not 1 <= size <= len(pool):
         raise PrivacyError(f"shadow prompts = {number}, records = {size} of {len(pool)}: expected at least one of each")
@@ -50,9 +50,10 @@ def losses(
     model: QueryEngine, task: Task, prompts_SPD: Tensor, records: Sequence[Record], start: Prompt, at_once: int = 256,
     readout: Readout | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Returns every record's loss under every prompt, [S, N]; `readout`: a learned one in the place of the task's own.
+    """Returns every record's loss under every prompt, [S, N].
 
-    `at_once` records per query bound the memory.
+    at_once: the number of records per query, which bounds the memory.
+    readout: a learned readout that replaces the task's.
     """
     batch = task.encode(records, model.backbone, start).with_readout(readout)
     parts = [batch.select(range(first, min(first + at_once, len(batch)))) for first in range(0, len(batch), at_once)]
