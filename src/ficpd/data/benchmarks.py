@@ -14,7 +14,7 @@
 | xglue-qg | QG | passage | question | lang |
 | xglue-ntg | NTG | news | title | lang |
 
-A column `split` (train, dev, test, or empty where the files do not say) is there for `where`. MedQA: Jin et al., 2020, arXiv
+Each layout also has a column `split` (train, dev, test, or empty if unknown), for `where`. MedQA: Jin et al., 2020, arXiv
 2009.13081; MedMCQA: Pal et al., CHIL 2022, arXiv 2203.14371; PubMedQA: Jin et al., EMNLP 2019, arXiv 1909.06146; XGLUE:
 Liang et al., EMNLP 2020, arXiv 2004.01401.
 """
@@ -38,8 +38,12 @@ WITHOUT = (
 
 
 class Xglue(NamedTuple):
-    """One of XGLUE's tasks. `files`: a path below its folder, {lang} and {split} (and {side}) open. `columns`: as the hub
-    names them, the text first, the target last. `labels`: as the files spell them, or the hub, to what they stand for."""
+    """One task of XGLUE.
+
+    files: patterns of paths in its folder, with {lang}, {split} and, for some, {side}.
+    columns: the hub's names; the text is first, the target last.
+    labels: a target as the files or the hub spell it, to its label.
+    """
 
     folder: str
     files: tuple[str, ...]
@@ -77,7 +81,7 @@ XGLUE = {
 
 
 class BenchmarkSchema(NamedTuple):
-    """`columns` of every row that `row` makes of a place (for errors) and a row of the files."""
+    """`row` maps a place (for errors) and a row of the files to a row with these `columns`."""
 
     columns: tuple[str, ...]
     row: Callable[..., dict[str, Any]]
@@ -89,20 +93,20 @@ def schema_columns(layout: str) -> dict[str, str]:
 
 
 def read(layout: str, path: Path, options: ReadOptions = WHOLE) -> list[Table]:
-    """Returns the files as they are; those of XGLUE with the hub's column names and `lang`."""
+    """Reads the files without changes. XGLUE's get the hub's column names and a column `lang`."""
     if layout.startswith("xglue-"):
         return _xglue_files(layout.removeprefix("xglue-"), path)
     return tables.read_files(path, options)
 
 
 def to_records(layout: str, found: Sequence[Table]) -> list[Table]:
-    """Returns the same tables in our roles. Raises `DataError` with the row that is not of this layout."""
+    """Returns the tables with the layout's columns. Raises `DataError` for a row of another layout."""
     of = LAYOUTS[layout]
     row = partial(of.row, first=_first_option(found)) if layout == "medmcqa" else of.row
     arranged = []
     for table in found:
         split = {"dropped": "dev"}.get(str(table.split), table.split)
-        # One of the hub's splits names its language (`validation.de`); train is English.
+        # The hub's splits name their language (`validation.de`), except train, which is English.
         language = table.name.rpartition(" ")[2].partition(".")[2] or "en"
         spoken = {"lang": language} if "lang" in of.columns else {}
         rows = {n: row(f"{table.name} row {n}", {**spoken, **c}) | {"split": split} for n, c in table.rows.items()}
@@ -111,7 +115,7 @@ def to_records(layout: str, found: Sequence[Table]) -> list[Table]:
 
 
 def _get(place: str, cells: Cells, *names: str) -> Any:
-    """Returns the value of the column that a copy of the data calls one of these names."""
+    """Returns the value of the first column that exists: copies of the data differ in names. Raises `DataError`."""
     found = next((name for name in names if name in cells), None)
     if found is None:
         raise DataError(f"{place}: {did_you_mean('column', names[0], cells)}; is it the right layout for this file?")
@@ -157,7 +161,7 @@ def _medmcqa(place: str, cells: Cells, first: int = 0) -> dict[str, Any]:
 
 
 def _first_option(found: Sequence[Table]) -> int:
-    """Tells whether the files count options from 0 (a 0 is found) or from 1 (a 4 is found)."""
+    """Returns the number of the first option: 0 if the files have a 0, 1 if they have a 4. Else raises `DataError`."""
     said = {str(cells.get("cop")).strip() for table in found for cells in table.rows.values()}
     numbers = {word for word in said if word.isdigit()}
     if numbers and ("0" in numbers) == ("4" in numbers):
@@ -205,7 +209,7 @@ TYPING_ERRORS = {"web_page_title": ("wed_page_title",), "answer": ("annswer",)}
 
 
 def _xglue_files(task: str, path: Path) -> list[Table]:
-    """Returns one table per language and split, from the task's folder or the one that holds all of them."""
+    """Returns one table per language and split, from the task's folder or from XGLUE's folder."""
     of = XGLUE[task]
     folder = path / of.folder if (path / of.folder).is_dir() else path
     known, found = of.languages.split(), []
@@ -227,14 +231,14 @@ def _xglue_files(task: str, path: Path) -> list[Table]:
 
 
 def _matched(pattern: str, task: str, name: str) -> dict[str, str] | None:
-    """Returns the parts of a file's name that match the open places of a pattern."""
+    """Returns the parts of a file's name that match the fields of a pattern; None if it does not match."""
     lang, split, side = "(?P<lang>[A-Za-z_-]+)", "(?P<split>train|dev|test)", "(?P<side>src|tgt)"
     match = re.fullmatch(pattern.replace(".", r"\.").format(task=task, lang=lang, split=split, side=side), name)
     return match.groupdict() if match else None
 
 
 def _lines(file: Path, of: Xglue, match: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """A file's rows. Quotes are signs like others; `.tsv` files begin with a header, and PAWS-X's rows with a number."""
+    """Yields a file's rows, without the header of `.tsv` files and PAWS-X's row numbers. Quotes are kept as text."""
     if "side" in match:
         target = file.with_name(file.name.replace(".src.", ".tgt."))
         if not target.is_file():

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and folders of `save_to_disk`, as tables, by `datasets`."""
+"""Reads data sets of the Hugging Face hub, and folders of `save_to_disk`, as tables."""
 
 import os
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from ficpd.errors import DataError, needs
 
 
 def is_saved(path: Path) -> bool:
-    """Tells whether `datasets` wrote this folder by `save_to_disk`: one data set, or one for each split."""
+    """Tells whether `save_to_disk` of `datasets` wrote this folder: one data set, or one for each split."""
     return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))  # False where stat fails
 
 
@@ -20,7 +20,10 @@ def read(
 ) -> list[Table]:
     """Reads the train and test splits of "hf:ID" (also `test.de`), or one split. Class numbers become names.
 
-    The id may also be a folder (`is_saved`). columns: those that are read; None: all.
+    source: "hf:ID", or a folder (`is_saved`).
+    only: the split to read, if train and test are not both there; None: train.
+    with_dev: also reads dev splits.
+    columns: the columns to read; None: all.
     """
     name = source.removeprefix("hf:")
     splits = _load(name, subset, only)
@@ -42,7 +45,7 @@ def _load(name: str, subset: str | None, only: str | None) -> dict[str, Any]:
         return _load_saved(folder)
     try:
         loaded = datasets.load_dataset(name, subset, split=only)
-    except Exception as error:  # the hub's client raises a dozen kinds, offline ones among them
+    except Exception as error:  # the hub's client raises many classes, also when it is offline
         raise DataError(
             f"hf:{name}: cannot be loaded ({type(error).__name__}: {error}); check the id, subset and hf_split and "
             f"that the hub can be reached, or download the data and name a local file as source"
@@ -55,7 +58,7 @@ def _load_saved(folder: Path) -> dict[str, Any]:
 
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # as many kinds as the hub's
+    except Exception as error:  # many classes, as above
         raise DataError(
             f"{folder}: a folder of datasets.save_to_disk that cannot be loaded ({type(error).__name__}: {error}); save it "
             "again, or write it with to_parquet and name that file as source"

@@ -1,7 +1,7 @@
-"""Reads images: of a table's paths, of a folder for each label, or of a Parquet column.
+"""Reads images from the paths of a table, from a folder for each label, or from a Parquet column.
 
-Only the place of an image is kept. Its header is looked at when the data are read, so that a missing or foreign file
-costs no run; pixels are decoded where a backbone looks at them, and one that is damaged further in is an error only then.
+Images are decoded when a backbone reads them. The header of each image is checked when the data are read, so that a missing
+or wrong file is found before the run. Damaged pixels are found only when they are decoded.
 """
 
 import io
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 KEEP_BYTES = 256 << 20
-"""Bytes of encoded Parquet images that stay in memory, or one row group if that is larger."""
+"""The maximum bytes of encoded Parquet images in memory (one row group may be larger)."""
 Place = Path | bytes | Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class LazyImage:
-    """An image, not yet decoded.
+    """An image that is decoded when it is used.
 
-    key: of its record. place: a file, the bytes of one, or a function that returns either.
+    key: the key of its record.
+    place: a file, its bytes, or a function that returns either.
     """
 
     key: str
@@ -40,11 +41,11 @@ class LazyImage:
         return str(self.place) if isinstance(self.place, Path) else self.key
 
     def open(self) -> "Image.Image":
-        """Decodes the image to RGB: turned by its EXIF data, transparent parts white, 8 bits. Raises `DataError`."""
+        """Decodes to 8-bit RGB, rotated by EXIF data, with transparency on white. Raises `DataError` if it cannot."""
         return self._opened(_rgb)
 
     def check(self) -> None:
-        """Raises `DataError` if there is no image: the header is read, not the pixels."""
+        """Raises `DataError` if there is no image. Reads the header, not the pixels."""
         self._opened(lambda image: image)
 
     def _opened(self, use: "Callable[[Image.Image], Image.Image]") -> "Image.Image":
@@ -54,7 +55,7 @@ class LazyImage:
             place = self.place() if callable(self.place) else self.place
             with Image.open(io.BytesIO(place) if isinstance(place, bytes) else place) as image:
                 return use(image)
-        except Exception as error:  # each of Pillow's decoders raises kinds of its own
+        except Exception as error:  # each of Pillow's decoders raises other classes
             where = f", file {self.place}" if isinstance(self.place, Path) else ""
             raise DataError(
                 f"{self.key}{where}: no image that can be read ({type(error).__name__}: {str(error)[:200]}); save it again "
@@ -78,7 +79,7 @@ def _rgb(image: "Image.Image") -> "Image.Image":
 
 
 def check_all(cells: Iterable[tuple[str, Any]], column: str) -> None:
-    """Raises `DataError` for a row, given by key and cell, in which there is no image."""
+    """Raises `DataError` for the first row without an image. `cells`: key and cell of each row."""
     for key, cell in cells:
         if not isinstance(cell, LazyImage):
             given = "is empty" if cell is None else f"holds {str(cell)[:60]!r}"
@@ -93,11 +94,11 @@ def check_all(cells: Iterable[tuple[str, Any]], column: str) -> None:
 
 
 def read_tables(path: Path, column: str, options: ReadOptions = WHOLE) -> list[Table]:
-    """As `read_files`, the cells of `column` being `LazyImage`s (None where nothing is written); or a folder of images.
+    """Reads tables like `read_files`, with `LazyImage`s in `column` (None for empty cells), or a folder of images.
 
-    In CSV, TSV and JSON Lines the column holds paths, seen from the table's folder; in Parquet paths, bytes, or the hub's
-    `{"bytes", "path"}`. A folder without tables holds images, in a folder for each label, and above these, if it likes, in
-    `train` and `test`: its columns are `image` and `target`.
+    In CSV, TSV and JSON Lines the column has paths, relative to the table's folder. In Parquet it has paths, bytes, or the
+    hub's `{"bytes", "path"}`. A folder of images has a folder for each label, which may be in folders `train` and `test`.
+    Its columns are `image` and `target`.
     """
     if path.is_dir() and not table_paths(path):
         sides = {folder: folder.name.lower() for folder in _folders(path)}
@@ -110,14 +111,14 @@ def read_tables(path: Path, column: str, options: ReadOptions = WHOLE) -> list[T
 
 
 def is_folder(path: Path) -> bool:
-    """Tells whether this is a folder without tables, but with images in it or up to two folders further down."""
+    """Tells whether this is a folder without tables, with images in it or up to two folders below."""
     if not path.is_dir() or table_paths(path):
         return False
     return any(p.suffix.lower() in ENDINGS for depth in ("*", "*/*", "*/*/*") for p in path.glob(depth))
 
 
 def stored_column(path: Path) -> str | None:
-    """Returns the first column with images' bytes of a Parquet file, or of a folder's first table; None without one."""
+    """Returns the first column with bytes in a Parquet file, or in a folder's first table; None without one."""
     file = next(iter(table_paths(path)), path) if path.is_dir() else path
     if file.suffix.lower() != ".parquet" or not file.is_file():
         return None
@@ -126,7 +127,7 @@ def stored_column(path: Path) -> str | None:
         import pyarrow.parquet as pq
     try:
         schema = pq.read_schema(file)
-    except (OSError, pa.ArrowInvalid):  # the reader says what is wrong
+    except (OSError, pa.ArrowInvalid):  # the reader raises the error
         return None
     return next((field.name for field in schema if holds_bytes(field.type) and _has_bytes(field.type)), None)
 
@@ -149,7 +150,7 @@ def _with_pictures(file: Path, table: Table, column: str) -> Table:
 
 
 def _labelled(path: Path) -> Table:
-    """Makes one row per image; its folder is its target. Images without such folders have none."""
+    """Makes one row per image, with the name of its folder as target. Images directly in `path` have no target."""
     labels = _folders(path)
     found = [(image, label.name) for label in labels for image in _images(label)] or [(i, None) for i in _images(path)]
     if empty := [label.name for label in labels if not _images(label)] or ([] if found else [path.name]):
@@ -177,7 +178,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _cells(file: Path, column: str) -> dict[int, Place]:
-    """Returns a reader of each row's image; none for a column of paths, which the table holds."""
+    """Returns a function for each row that reads its image; empty for a column of paths, which the table has."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as opened:
@@ -193,7 +194,7 @@ def _stored(file: Path, column: str, group: int, row: int) -> Place:
 
 
 def image_bytes(value: Any, folder: Path) -> Place:
-    """Returns the bytes or path in a cell. Raises `ValueError` if it holds neither."""
+    """Returns the bytes or path in a cell. Raises `ValueError` if the cell is empty."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -204,7 +205,7 @@ def image_bytes(value: Any, folder: Path) -> Place:
 
 
 class _Groups:
-    """The row groups that were read last. Images of a set are asked for in any order, and never all of them held."""
+    """Caches the row groups that were used last, up to `limit` bytes. Images are read in any order."""
 
     def __init__(self, limit: int):
         self.limit, self.kept = limit, OrderedDict[tuple[Path, str, int], Any]()
@@ -226,7 +227,7 @@ _groups = _Groups(KEEP_BYTES)
 
 
 def hub_images(name: str, dataset: Any, columns: list[str]) -> Callable[[int], dict[str, LazyImage]]:
-    """Returns a function from a row number (from 1) to the images of a hub's data set."""
+    """Returns a function from a row number (from 1) of a hub's data set to its images by column."""
     from datasets import Image as Feature
 
     for column in columns:

@@ -27,29 +27,29 @@ from ficpd.types import Record
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 ROLES = ("text", "text_pair", "target", "client", "options", "image", "references", "subject")
 SUBJECT = "subject"
-"""The role that is no field of a record, but `Record.subject`."""
+"""The role that becomes `Record.subject` instead of a field."""
 
 
 class Config(FrozenConfig):
     """Sets the source of the records and the role of each column.
 
     source: "ratings"; a CSV, TSV, JSON (Lines) or Parquet file, or a folder of them, or of images (`data/images.py`);
-        "hf:DATASET_ID"; or the dotted name of a module whose `build(config)` gives rows, each a mapping of column to value.
-        "ratings" has the columns text, rating, polarity and domain. Rows without a target are dropped.
+        "hf:DATASET_ID"; or the dotted name of a module whose `build(config)` returns rows, each a mapping of column to
+        value. "ratings" has the columns text, rating, polarity and domain; its rows without a target are dropped.
     source_options: settings of that module.
-    columns: role (text, target, client, ...) to column. A target in a file without types (CSV, TSV) is a text, which a
-        regression reads as a number. `subject` names the person that a row is about (a patient, a customer): train and test
-        share no subject, samples are of whole subjects, and record-level privacy covers a subject.
-    layout: the form of a public data set (`data/benchmarks.py`), which then names the columns.
-    options: the columns that hold one option each of a multiple choice.
-    keep: further columns, under their own names.
-    where: only rows whose column holds one of these values (as text).
-    split_column: a column that says train, test or dev (dropped) in each row. Without it, a folder's train and test files
-        or the hub's splits are taken, else a sample of `test_fraction`.
-    dev_as_train: dev rows are training rows.
-    test_fraction: the share of test records, if nothing says which they are.
-    separator: of CSV files, if it is no comma, semicolon or tab.
-    encoding: of text files, such as "cp1252".
+    columns: role (text, target, client, ...) to column. A target in a file without types (CSV, TSV) is text; a regression
+        reads it as a number. `subject`: the person that a row is about (a patient, a customer). Train and test share no
+        subject, samples have whole subjects, and record-level privacy covers a subject.
+    layout: the form of a public data set (`data/benchmarks.py`), which sets the columns.
+    options: the columns of a multiple choice with one option each.
+    keep: further columns, under their names.
+    where: keeps only rows whose column has one of these values (as text).
+    split_column: a column with train, test or dev (dropped) in each row. Without it, the train and test files of a folder
+        or the hub's splits are used, else a sample of `test_fraction`.
+    dev_as_train: uses dev rows as training rows.
+    test_fraction: the share of test records, if the source has no split.
+    separator: the separator of CSV files, if it is not a comma, semicolon or tab.
+    encoding: the encoding of text files, such as "cp1252".
     """
 
     source: str
@@ -73,7 +73,7 @@ class Config(FrozenConfig):
     def _laid_out(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and given.get("layout") in benchmarks.LAYOUTS and "columns" not in given:
             columns = benchmarks.schema_columns(given["layout"])
-            if columns.pop(SUBJECT, None):  # MedMCQA's subject is a field of medicine, and no patient
+            if columns.pop(SUBJECT, None):  # MedMCQA's subject is a field of medicine, not a patient
                 given = {**given, "keep": (*given.get("keep", ()), SUBJECT)}
             return {**given, "columns": columns}
         return given
@@ -135,14 +135,14 @@ class Config(FrozenConfig):
 
     @property
     def reading(self) -> ReadOptions:
-        """Returns how files are read: only the wanted columns, unless a layout names them."""
+        """Returns the options to read files: the wanted columns, or all columns with a layout."""
         columns = None if self.layout else frozenset(self.asked)
         return ReadOptions(columns, separator=self.separator, encoding=self.encoding)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The records in file order, those of one subject together. `Record.key` counts the data rows of a file from 1."""
+    """The records in file order, grouped by subject. `Record.key` counts the data rows of a file from 1."""
 
     train: list[Record]
     test: list[Record]
@@ -162,14 +162,14 @@ class Row(NamedTuple):
 def load(config: Config, seed: int) -> Dataset:
     """Reads, checks, samples and splits all records. The same seed and files give the same split on every machine.
 
-    Raises `DataError`, naming file, row and column, for anything that cannot be a record.
+    Raises `DataError`, naming file, row and column, for a row that cannot be a record.
     """
     rows = _checked_rows(config)
     return _split(_seen([rows[i] for i in _sample(rows, config.max_records, seed)], config), config, seed)
 
 
 def unsampled(config: Config, seed: int) -> list[Record]:
-    """Returns the rows that `max_records` left out of `load`, in file order. No subject of theirs is in `load`."""
+    """Returns the records that `max_records` leaves out of `load`, in file order. They share no subject with it."""
     rows = _checked_rows(config)
     used = set(_sample(rows, config.max_records, seed))
     return [row.record for i, row in enumerate(rows) if i not in used]
@@ -228,13 +228,13 @@ def _tables(config: Config) -> list[Table]:
 
 
 def _separator_of(table: Table) -> str:
-    """Asks for the separator where a header is one cell with signs in it."""
+    """Returns a hint to name the separator if the header is a single cell with punctuation, else ""."""
     signs = re.findall(r"[^\w\s.'\"-]", table.columns[0]) if len(table.columns) == 1 else []
     return f". If {signs[0]!r} separates the columns, name it (data.separator, --separator)" if signs else ""
 
 
 def _of_module(config: Config) -> Table:
-    """Reads a module outside the package. Raises `DataError` unless it yields mappings, at least one."""
+    """Reads rows from a module outside the package. Raises `DataError` unless they are mappings, at least one."""
     module = registry.load("sources", config.source)
     made = module.build(registry.validate(module.Config, config.source_options, "data.source_options"))
     if not isinstance(made, Iterable) or isinstance(made, Mapping):
@@ -274,7 +274,7 @@ def _check_columns(tables: list[Table], config: Config) -> None:
 
 
 def _rows(table: Table, config: Config) -> Iterable[Row]:
-    """Yields the rows that `where` asks for."""
+    """Yields the rows that `where` selects."""
     choice = bool(config.options) or "options" in config.wanted
     for number, cells in table.rows.items():
         if not all(str(cells.get(column)) in values for column, values in config.where.items()):
@@ -284,14 +284,14 @@ def _rows(table: Table, config: Config) -> Iterable[Row]:
         if config.options:
             fields["options"] = [_cell(cells.get(column)) for column in config.options]
         if table.untyped and isinstance(target := fields.get("target"), str):
-            fields["target"] = parse_cell(target) if choice else UntypedStr(target)  # of options a number is the place
+            fields["target"] = parse_cell(target) if choice else UntypedStr(target)  # a number is an option's index
         column = config.subject
         subject = None if column is None else parse_subject(key, column, _cell(cells.get(column)))
         yield Row(key, fields, _side(key, cells, config.split_column) or table.split, subject)
 
 
 def _cell(value: Any) -> Any:
-    """Returns the value, which UTF-8 can hold, or None where nothing is written."""
+    """Returns the value without surrogates, or None for an empty cell or NaN."""
     value = value.item() if isinstance(value, np.generic) else value
     empty = (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
     return None if empty else replace_surrogates(value)
@@ -307,7 +307,7 @@ def _side(key: str, cells: Mapping[str, Any], column: str | None) -> str | None:
 
 
 def _seen(rows: list[Row], config: Config) -> list[Row]:
-    """Checks that each row has an image if images are asked for, and returns the rows."""
+    """Returns the rows. Raises `DataError` for a row without an image, if the columns name one."""
     if "image" in config.columns:
         images.check_all(((row.key, row.fields["image"]) for row in rows), config.columns["image"])
     return rows
@@ -317,10 +317,10 @@ KINDS = {str: "text", UntypedStr: "text", int: "a number", float: "a number", bo
 
 
 def _check_targets(rows: list[Row], column: str) -> None:
-    """Checks that targets are of one kind: text, numbers or truth values. Whole numbers among others become real ones.
+    """Raises `DataError` unless targets are of one kind: text, numbers or truth values.
 
-    Targets of a file without types stay text, because a label may be 007, unless another file holds numbers. A task of
-    numbers parses them (`spelled`).
+    If a number is real, all become real. Targets of a file without types stay text, because a label may be 007, unless
+    another file has numbers. A regression parses them (`parse_number`).
     """
     if any(type(row.fields["target"]) in (int, float) for row in rows):
         for row in rows:
@@ -347,7 +347,7 @@ def _kind(row: Row, column: str) -> str:
 
 
 def _sample(rows: list[Row], size: int | None, seed: int) -> list[int]:
-    """Samples rows, ascending: `size` of them, or random whole subjects that fit into `size`."""
+    """Returns sorted indices of a sample of `size` rows, or of random whole subjects with at most `size` rows."""
     if size is None or size >= len(rows):
         return list(range(len(rows)))
     random = np.random.default_rng(derive_seed(seed, "sample"))
@@ -387,7 +387,7 @@ def _split(rows: list[Row], config: Config, seed: int) -> Dataset:
 
 
 def _draw_test(rows: list[Row], config: Config, seed: int) -> list[int]:
-    """Draws the places of the test rows: those whole subjects that fit into `test_fraction`, at least the smallest."""
+    """Draws the indices of test rows: whole subjects that fit into `test_fraction`, at least the smallest one."""
     groups = group_by_subject([row.record for row in rows])
     if rows and rows[0].subject and len(groups) == 1:
         raise DataError(

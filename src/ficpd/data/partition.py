@@ -2,7 +2,7 @@
 
 The label skew is that of Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks" (ICML 2019,
 arXiv 1905.12022): for every label, the clients' shares of it are drawn from Dirichlet(concentration). Hsu et al. (2019,
-arXiv 1909.06335) draw it the other way round, a mixture of labels for every client, all clients being equally large.
+arXiv 1909.06335) instead draw a mixture of labels for every client, with clients of equal size.
 """
 
 from collections import Counter
@@ -23,24 +23,24 @@ from ficpd.types import ClientData, Record
 
 KINDS = ("column", "dirichlet", "iid", "column_dirichlet")
 NUM_BINS = 10
-"""A target that is a real number is skewed by its quantile bin."""
+"""The number of quantile bins, which are the labels of real-valued targets."""
 
 NUM_DRAWS = 1000
-"""How often the shares are drawn before giving up on `min_records`."""
+"""The maximum number of draws of the shares to reach `min_records`."""
 
 
 class Config(FrozenConfig):
-    """How records become clients. The card of a client, which is public, has the column that it was made by.
+    """Sets how records are divided among clients. A client's public card has its value of `column`.
 
     kind: "column": one client per value of a column. "iid": equal, random shares. "dirichlet": label skew.
         "column_dirichlet": every value of a column becomes several clients with label skew. A dotted name: the module's
-        `build(config)` gives a function from the data set and a seed to `ClientData` by client's name.
-    column: the column of the first and the last kind.
+        `build(config)` returns a function from the data set and a seed to `ClientData` by client name.
+    column: the column of "column" and "column_dirichlet".
     num_clients: the number of clients; not for "column".
-    concentration: of the Dirichlet distribution; smaller is more skewed.
-    publish: columns that all records of a client agree in, for its card.
-    cards: a table with a column `client` and one for each public fact (language, specialty, beds, ...).
-    options: settings of a module of one's own.
+    concentration: the parameter of the Dirichlet distribution; a smaller one gives more skew.
+    publish: columns for the cards. Each must have one value in all records of a client.
+    cards: a table with a column `client` and a column for each public fact (language, specialty, beds, ...).
+    options: the settings of the module that `kind` names.
     """
 
     kind: str
@@ -80,14 +80,14 @@ class SplitRecords(Protocol):
 
 
 def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dict[str, ClientData]:
-    """Assigns every record, train and test, to exactly one client; clients by name, in order.
+    """Assigns every train and test record to exactly one client. Returns the clients, sorted by name.
 
-    Clients that are drawn get whole subjects. A column may divide a subject between two of its values.
+    The random kinds keep subjects whole. A column may divide a subject between two of its values.
 
-    Test records are dealt by the same shares as train records, so that a client is tested on its own skew. A client
-    may be left without test records. Of a client by `column` there may be test records alone: it takes no part in a
-    federation. `target` is the field that holds the label. Raises `DataError` where a record
-    has no value in the column or the target, or a client would have fewer than `min_records` train records.
+    Test records have the same shares as train records, so that a client is tested on its own skew. A client may have no
+    test records. With kind "column" it may have only test records: then it takes no part in a federation. `target`: the
+    field of the label. Raises `DataError` if a record has no value in the column or the target, or if a client would have
+    fewer than `min_records` train records.
 
     >>> from types import SimpleNamespace
     >>> rows = [Record(f"row {i}", {"site": "ab"[i % 2]}) for i in range(6)]
@@ -122,7 +122,9 @@ def partition(config: Config, data: SplitRecords, target: str, seed: int) -> dic
 
 
 def _by_module(config: Config, data: ClientData, seed: int) -> dict[str, ClientData]:
-    """Divides by a module outside the package. Raises `DataError` unless it deals every record to exactly one client."""
+    """Divides by a module outside the package. Raises `DataError` unless each record gets exactly one client.
+
+    Calls the function twice, and raises `DataError` if the results differ."""
     module, place = load("partitions", config.kind), f"partition.kind = {config.kind!r}"
     settings = validate(module.Config, config.options, "partition.options")
 
@@ -142,7 +144,7 @@ def _by_module(config: Config, data: ClientData, seed: int) -> dict[str, ClientD
 
 
 def _keys(shards: Mapping[str, ClientData]) -> dict[str, list[list[str]]]:
-    """Returns the keys of each client's records, of train and of test, in order."""
+    """Returns the keys of each client's train and test records, in order."""
     return {name: [[record.key for record in side] for side in (s.train, s.test)] for name, s in shards.items()}
 
 
@@ -179,7 +181,7 @@ def _check_shards(place: str, shards: Any, data: ClientData) -> None:
 
 
 def _agreed(client: str, shard: ClientData, column: str) -> str | float:
-    """Returns the value of a column that all of a client's records share. A majority's value would leak."""
+    """Returns the value that all records of a client have in a column. The value of a majority would leak."""
     records = [*shard.train, *shard.test]
     first = _field(records[0], column)
     for record in records:
@@ -193,7 +195,7 @@ def _agreed(client: str, shard: ClientData, column: str) -> str | float:
 
 
 def read_cards(path: str) -> dict[str, dict[str, str | float]]:
-    """Reads the clients' public facts. An empty cell states none. Raises `DataError` for an invalid table."""
+    """Reads the clients' public facts by client; leaves out empty cells. Raises `DataError` for an invalid table."""
     cards: dict[str, dict[str, str | float]] = {}
     for table in read_files(Path(path).expanduser()):
         if "client" not in table.columns:
@@ -223,7 +225,7 @@ def _by_column(column: str, data: ClientData) -> dict[str, ClientData]:
 
 
 def _field(record: Record, name: str) -> Any:
-    """Returns the record's value; None, NaN and blank text are none."""
+    """Returns a field of a record. Raises `DataError` for None, NaN and blank text."""
     value = record.fields.get(name)
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         fields = ", ".join(sorted(record.fields))
@@ -235,7 +237,7 @@ def _field(record: Record, name: str) -> Any:
 
 
 def _clients_of(config: Config, num_clients: int, groups: Mapping[str, ClientData]) -> dict[str, int]:
-    """Divides the clients among the groups equally; the largest groups get the remainder."""
+    """Returns the number of clients of each group: equal, with the remainder for the largest groups."""
     if num_clients < len(groups):
         raise DataError(
             f"column {config.column!r} has {len(groups)} values, each of which becomes one client or more; "
@@ -249,9 +251,9 @@ def _clients_of(config: Config, num_clients: int, groups: Mapping[str, ClientDat
 def _deal(
     config: Config, group: str, data: ClientData, num_clients: int, target: str, seed: int
 ) -> dict[str, ClientData]:
-    """Deals a group's records to its clients, label by label, in the shares that were drawn for the label.
+    """Divides a group's records among its clients, label by label, by the shares drawn for the label.
 
-    All records of a subject come to one client. The subject counts once, under the label that most of them have.
+    All records of a subject go to one client. A subject counts once, under the most common label of its records.
     """
     rng = np.random.default_rng(derive_seed(seed, "partition", group))
     names = [f"{group}-{i:0{len(str(num_clients - 1))}}" for i in range(num_clients)]
@@ -276,9 +278,9 @@ def _most_common(labels: Sequence[str]) -> str:
 
 
 def _labels(config: Config, data: ClientData, target: str) -> dict[str, list[str]]:
-    """Returns the labels that the skew goes by: the target, its quantile bin, or (iid) one label.
+    """Returns the labels for the skew: the target, its quantile bin (for real numbers), or one label (iid).
 
-    Targets of a file without types are numbers if all of them spell one.
+    Targets of a file without types are numbers if all of them spell a number.
     """
     sides = {"train": data.train, "test": data.test}
     if config.kind == "iid":
@@ -294,7 +296,9 @@ def _labels(config: Config, data: ClientData, target: str) -> dict[str, list[str
 def _shares(
     config: Config, labels: Mapping[str, Sequence[str]], names: Sequence[str], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Draws the clients' shares [C] of each label, equal or from Dirichlet(concentration), until no client is short."""
+    """Draws each label's shares [C] of the clients, until every client has `min_records` train records (or subjects).
+
+    The shares are equal for "iid", else from Dirichlet(concentration)."""
     sizes = Counter(labels["train"])
     known = sorted({*labels["train"], *labels["test"]})
     lengths = np.zeros(len(names), dtype=int)
@@ -312,7 +316,7 @@ def _shares(
 
 
 def _counts(shares_C: np.ndarray, total: int) -> np.ndarray:
-    """Returns whole numbers [C] that add up to `total`, each within one of its share."""
+    """Returns whole numbers [C] with the sum `total`, each at most 1 from its share."""
     return np.diff(np.round(np.cumsum(shares_C) * total), prepend=0).astype(int)
 
 

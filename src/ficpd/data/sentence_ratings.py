@@ -1,8 +1,8 @@
 """The built-in sentence ratings: Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
 Social Media Text" (ICWSM 2014).
 
-23,703 sentences of four domains, each with its mean human rating in [-4, 4]. They come with the source archive of a
-PyPI package, so that pip's own index is all they need.
+The data are 23,703 sentences of four domains, each with its mean human rating in [-4, 4]. pip downloads them in the source
+archive of a PyPI package.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ NEUTRAL = 0.5
 
 
 def read_ratings(target: str | None) -> list[Table]:
-    """Reads one table per domain, without the rows that have no value for the target."""
+    """Reads one table per domain, without rows that lack a value in the column `target`."""
     tables = []
     with tarfile.open(fileobj=io.BytesIO(_sdist())) as outer, tarfile.open(fileobj=outer.extractfile(INNER)) as inner:
         for domain, stem in DOMAINS.items():
@@ -49,7 +49,7 @@ def read_ratings(target: str | None) -> list[Table]:
 
 
 def _rated(domain: str, line: str) -> dict[str, Any]:
-    """Returns one sentence. The files were escaped for HTML, the editorials twice."""
+    """Parses one line. The files are escaped for HTML, the editorials twice."""
     _, number, text = line.rstrip("\r").split("\t")
     rating = float(number)
     polarity = None if abs(rating) <= NEUTRAL else "positive" if rating > 0 else "negative"
@@ -58,7 +58,7 @@ def _rated(domain: str, line: str) -> dict[str, Any]:
 
 
 def _sdist() -> bytes:
-    """Reads the archive from the cache, or downloads it with pip; checks its hash. Safe for two processes at once."""
+    """Reads the archive from the cache or downloads it, and checks its hash. Two processes may do so at once."""
     try:
         kept = storage.cache_dir() / SDIST
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def _genuine(path: Path) -> bool:
 
 
 def _download(folder: Path) -> Path:
-    """pip knows the user's mirror. It checks the hash before it runs anything of the archive."""
+    """Downloads by pip, which knows the user's mirror and checks the hash before it runs code of the archive."""
     wish = folder / "requirements.txt"
     wish.write_text(f"{PACKAGE}==3.3.2 --hash=sha256:{SHA256}\n", encoding="utf-8")
     flags = f"download --no-deps --no-binary={PACKAGE} --disable-pip-version-check".split()

@@ -16,7 +16,7 @@ _WHOLE = re.compile(r"-?\d+\.0*")
 
 
 class UnitCounts(NamedTuple):
-    """`records`, and the `subjects` that they are about; None: the data name none."""
+    """The numbers of records and of their subjects (None: the data name no subjects)."""
 
     records: int
     subjects: int | None = None
@@ -28,12 +28,10 @@ class UnitCounts(NamedTuple):
 
 
 def parse_subject(key: str, column: str, cell: Any) -> str:
-    """Returns a cell as a subject's name. Numbers are read as text: 7 and 7.0 are "7", and "007" is another subject.
+    """Returns a cell as a subject's name. Numbers become text: 7, 7.0 and "7.0" are "7"; "007" is another subject.
 
-    The same holds of numbers that a file has as text, because some programs write 7 as 7.0.
-
-    Raises `DataError` for a cell without a value, and for a value that is no name. A record whose subject is not known
-    could be one of any subject's, so that no guarantee would hold for it.
+    Raises `DataError` for an empty cell, and for a value that is no name. A record of an unknown subject could belong to
+    any subject, so no guarantee would hold.
 
     >>> parse_subject("a.csv row 1", "patient", 7.0), parse_subject("a.csv row 2", "patient", " p7 ")
     ('7', 'p7')
@@ -51,9 +49,9 @@ def parse_subject(key: str, column: str, cell: Any) -> str:
 
 
 def subject_numbers(records: Sequence[Record]) -> list[int] | None:
-    """Numbers the records' subjects from 0 in their order of appearance; None where no record names one.
+    """Returns the number of each record's subject, from 0 in order of appearance; None without subjects.
 
-    Raises `DataError` if only some records name one.
+    Raises `DataError` if only some records name a subject.
 
     >>> subject_numbers([Record("1", {}, "b"), Record("2", {}, "a"), Record("3", {}, "b")])
     [0, 1, 0]
@@ -76,7 +74,7 @@ def count_units(records: Sequence[Record]) -> UnitCounts:
 
 
 def group_by_subject(records: Sequence[Record]) -> list[list[int]]:
-    """Returns the records' places by subject, in order of appearance; each record alone where none names a subject."""
+    """Returns the indices of each subject's records, in order of appearance; without subjects, each record alone."""
     numbers = subject_numbers(records)
     if numbers is None:
         return [[place] for place in range(len(records))]
@@ -87,7 +85,7 @@ def group_by_subject(records: Sequence[Record]) -> list[list[int]]:
 
 
 def take_whole(order: Iterable[int], groups: Sequence[Sequence[int]], most: int) -> list[int]:
-    """Returns the places of those groups that fit into `most` records, tried in `order`. No group is divided.
+    """Returns the indices of whole groups, at most `most` in total. Tries groups in `order`; skips one that is too large.
 
     >>> take_whole([1, 0, 2], [[0], [1, 2, 3], [4]], 2)
     [0, 4]
@@ -100,7 +98,7 @@ def take_whole(order: Iterable[int], groups: Sequence[Sequence[int]], most: int)
 
 
 def subjects_on_both_sides(left: Iterable[Record], right: Iterable[Record]) -> list[tuple[Record, Record]]:
-    """Returns a pair of records for each subject that both sides have."""
+    """Returns a record of each side for each subject that both sides have."""
     first = {record.subject: record for record in reversed([*left]) if record.subject is not None}
     second = {record.subject: record for record in reversed([*right]) if record.subject in first}
     return [(first[subject], record) for subject, record in second.items()]

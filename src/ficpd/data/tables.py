@@ -1,4 +1,4 @@
-"""Files as tables: CSV, TSV, JSON Lines, JSON and Parquet, every cell as it was written. Text may be compressed."""
+"""Reads CSV, TSV, JSON Lines, JSON and Parquet files as tables, with unchanged cells. Text may be compressed."""
 
 import csv
 import gzip
@@ -17,9 +17,10 @@ LONGEST_CELL = 2**31 - 1
 
 
 class Table(NamedTuple):
-    """One file: rows by their number, counted from 1 without the header and blank lines.
+    """The rows of one file by number, from 1, without the header and blank lines.
 
-    `untyped`: every cell is text (CSV). `split`: the whole table is train, or test.
+    untyped: every cell is text (CSV).
+    split: "train", "test" or "dropped" (dev) for the whole table; None: unknown.
     """
 
     name: str
@@ -30,12 +31,12 @@ class Table(NamedTuple):
 
 
 class ReadOptions(NamedTuple):
-    """Sets which columns of files are read, and how.
+    """Sets which columns of a file are read, and how.
 
-    columns: those that are converted; None: all.
-    images: the column of images, whose bytes in a Parquet file are not read.
-    separator: of CSV files; None: a comma, or the semicolon or tab that a header without commas holds.
-    encoding: of text files.
+    columns: the columns to read; None: all.
+    images: the column of images. Its bytes in a Parquet file are not read.
+    separator: the separator of CSV and TSV files; None: that of the ending, else the semicolon or tab of the header.
+    encoding: the encoding of text files.
     """
 
     columns: Collection[str] | None = None
@@ -44,7 +45,7 @@ class ReadOptions(NamedTuple):
     encoding: str = "utf-8"
 
     def asked(self, names: Iterable[str], where: str) -> list[str]:
-        """Returns those of a file's columns that are read. Raises `DataError` if two of them have one name."""
+        """Returns the columns of a file to read. Raises `DataError` if two of them have the same name."""
         found = [name for name in names if self.columns is None or name in self.columns]
         if twice := [name for name in found if found.count(name) > 1]:
             raise DataError(f"{where}: two columns are called {twice[0]!r}; rename one of them")
@@ -55,7 +56,7 @@ WHOLE = ReadOptions()
 
 
 def read_files(path: Path, options: ReadOptions = WHOLE) -> list[Table]:
-    """Reads one table per file of a folder that is a table (`table_paths`), or the table of one file."""
+    """Reads the table of a file, or of each file in a folder (`table_paths`). Raises `DataError`."""
     try:
         return _folder(path, options) if path.is_dir() else [_named(path, options)]
     except OSError as error:
@@ -63,7 +64,7 @@ def read_files(path: Path, options: ReadOptions = WHOLE) -> list[Table]:
 
 
 def table_paths(folder: Path) -> list[Path]:
-    """Returns the folder's tables, by name. Passes over hidden files, the locks of spreadsheets and other endings."""
+    """Returns the folder's tables, sorted by name. Skips hidden files, locks of spreadsheets and other endings."""
     found = [p for p in folder.iterdir() if _plain(p).suffix.lower() in READERS and not p.name.startswith((".", "~$"))]
     return sorted((p for p in found if p.is_file()), key=lambda p: p.name)
 
@@ -121,17 +122,17 @@ COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".zst": _unzst
 
 
 def _plain(path: Path) -> Path:
-    """Returns the path without the ending of a compression."""
+    """Returns the path without the ending of its compression."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """Returns the file's text. Raises `DataError` with the line that is not of this encoding."""
+    """Returns the file's text. Raises `DataError`, naming the line, for another encoding."""
     return decode_text(_content(path), path.name, encoding)
 
 
 def decode_text(content: bytes, name: str, encoding: str = "utf-8") -> str:
-    """Decodes a text without its byte order mark. Raises `DataError` with the line that is not of this encoding."""
+    """Decodes a text and drops its byte order mark. Raises `DataError`, naming the line, for another encoding."""
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -148,7 +149,7 @@ def _content(path: Path) -> bytes:
 
 
 def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
-    """Reads every cell as text: "NA" and "null" are words like others."""
+    """Reads every cell as text, also "NA" and "null"."""
     text = read_text(path, options.encoding).lstrip("\r\n")
     head = text.partition("\n")[0]
     usual = separator if separator in head else next((other for other in ";\t" if other in head), separator)
@@ -160,7 +161,7 @@ def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
                 "the separator or a line break stands in double quotes"
             )
     nameless = [place for place, name in enumerate(header) if not name.strip()]
-    empty = {place for place in nameless if not any(line[place].strip() for line in lines)}  # Excel's further columns
+    empty = {place for place in nameless if not any(line[place].strip() for line in lines)}  # Excel adds such columns
     names = [name for place, name in enumerate(header) if place not in empty]
     asked = options.asked(names, path.name)
     places = [header.index(name) for name in asked]
@@ -169,7 +170,7 @@ def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
 
 
 def _lines(name: str, text: str, separator: str) -> list[list[str]]:
-    """Returns the header's cells and those of each row. Passes over blank lines."""
+    """Returns the cells of the header and of each row. Skips blank lines."""
     csv.field_size_limit(LONGEST_CELL)
     found: list[list[str]] = []
     try:
@@ -211,7 +212,7 @@ def _json(path: Path, options: ReadOptions) -> Table:
         raise DataError(f"{path.name}{line}: not JSON ({error}); copy or write it again") from error
     if isinstance(whole, dict):
         if not all(isinstance(row, dict) for row in whole.values()):
-            return _json_lines(path, options)  # of one line
+            return _json_lines(path, options)  # a single line
         whole = [{"id": key} | row for key, row in whole.items()]
     if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
         raise DataError(f"{path.name}: no table; expected a list of objects, an object of objects, or an object a line")
@@ -219,7 +220,7 @@ def _json(path: Path, options: ReadOptions) -> Table:
 
 
 def _decode(text: str) -> Any:
-    """Decodes JSON. Raises `ValueError` for an object with one name twice, of which `json` keeps the last."""
+    """Decodes JSON. Raises `ValueError` for a repeated name in an object (`json` would keep the last one)."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -231,7 +232,7 @@ def _decode(text: str) -> Any:
 
 
 def replace_surrogates(value: Any) -> Any:
-    r"""Replaces surrogates in a text, or in the texts of a list, by U+FFFD. JSON can spell them.
+    r"""Replaces lone surrogates in a text, or in the texts of a list, by U+FFFD. JSON may contain them.
 
     >>> replace_surrogates("fine \ud83d day") == "fine \ufffd day"
     True
@@ -280,17 +281,17 @@ def _values(path: Path, name: str, column: Any, classes: list[str] | None) -> li
 
 
 def class_names(schema: Any) -> dict[str, list[str]]:
-    """Returns the names of class numbers by column, as `datasets` writes them for Arrow."""
+    """Returns the names of class numbers by column, from the metadata that `datasets` writes."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         named = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
         return {name: list(map(str, kind["names"])) for name, kind in named.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):  # another program's entry of that name
+    except (ValueError, KeyError, TypeError, AttributeError):  # metadata of another program
         return {}
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Tells whether an Arrow column of this type holds files (or the hub's `{"bytes", "path"}`) and not their paths."""
+    """Tells whether an Arrow column of this type has the bytes of files (or the hub's `{"bytes", "path"}`)."""
     import pyarrow.types as of
 
     return of.is_binary(kind) or of.is_large_binary(kind) or of.is_struct(kind)

@@ -1,4 +1,4 @@
-"""Reads spelled targets: numbers in files without types (CSV), and labels that are not text."""
+"""Parses targets: numbers in files without types (CSV), and labels that are not text."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse_cell(cell: Any) -> Any:
-    """Returns a CSV cell as the number it spells, else as it is.
+    """Returns the number that a CSV cell spells, else the cell.
 
     >>> parse_cell("-3"), parse_cell("2.50"), parse_cell("1_0"), parse_cell("nan")
     (-3, 2.5, '1_0', 'nan')
@@ -18,12 +18,11 @@ def parse_cell(cell: Any) -> Any:
 
 
 class UntypedStr(str):
-    """A target of a file without types (CSV): text as it stands there, which may spell a number."""
+    """A target of a file without types (CSV): the unchanged text, which may spell a number."""
 
 
 def parse_number(target: Any) -> Any:
-    """The finite number that a target of a file without types spells, else the target as it is. Where a file has types,
-    text is text.
+    """Returns the finite number that an `UntypedStr` spells, else the target. Text of a file with types stays text.
 
     >>> parse_number(UntypedStr("007")), parse_number(UntypedStr("V45")), parse_number("007")
     (7, 'V45', '007')
@@ -33,9 +32,9 @@ def parse_number(target: Any) -> Any:
 
 
 def label_spellings(target: Any) -> list[str]:
-    """Lists the labels that a target may mean, the most literal first.
+    """Returns the labels that a target may mean, the most literal first.
 
-    These are the text, without blanks around it, both spellings of a truth value, and a whole number without its point.
+    They are the text, the text without outer blanks, both spellings of a truth value, and 1 for 1.0.
 
     >>> label_spellings(" pos"), label_spellings(True), label_spellings(1.0)
     ([' pos', 'pos'], ['True', 'true'], ['1.0', '1'])
@@ -51,7 +50,7 @@ def label_spellings(target: Any) -> list[str]:
 
 
 def is_regression_target(targets: Iterable[Any]) -> bool:
-    """Tells whether these are real numbers and no labels: one is, and none is a text.
+    """Tells whether targets are real numbers, not labels: at least one is real, and none is text.
 
     >>> number, code = UntypedStr("2.5"), UntypedStr("V45")
     >>> is_regression_target([number]), is_regression_target([code, number]), is_regression_target([1, 2])
