@@ -34,12 +34,12 @@ class SignedCert:
 
     @property
     def ends(self) -> str:
-        """Returns the last day on which it is valid, such as 2036-01-31."""
+        """Returns the certificate's last valid day, such as 2036-01-31."""
         return self.certificate.not_valid_after_utc.date().isoformat()
 
 
 def create_ca() -> SignedCert:
-    """Creates the federation's certificate authority, which signs servers but no further authorities."""
+    """Creates the federation's certificate authority. It can sign servers, but no other authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _common_name("FICPD federation authority")
     built = (
@@ -76,14 +76,14 @@ def create_node_key(comment: str) -> tuple[bytes, bytes]:
 
 
 def create_signing_key() -> tuple[bytes, bytes]:
-    """Creates the key by which a site signs in secure sums, and its public half, PEM, like `openssl genpkey`."""
+    """Creates a site's signing key for secure sums (private, public) as PEM, like `openssl genpkey`."""
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), public
 
 
 def _builder(subject: x509.Name, public: ec.EllipticCurvePublicKey, years: int) -> x509.CertificateBuilder:
-    """Starts a certificate, valid from an hour ago so that slow clocks accept it."""
+    """Starts a certificate that is valid from an hour ago, because clocks may be slow."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()

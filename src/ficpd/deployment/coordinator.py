@@ -1,7 +1,7 @@
 """The coordinator of a run among real sites: the rounds of a simulation, without records.
 
-A run leaves the library, `rounds.jsonl`, `sites.json` (names and cards), `result.json`, `report.html` and a checkpoint after
-every round, from which `--resume` goes on. What each site spent is in its own ledger only.
+A run writes the library, `rounds.jsonl`, `sites.json` (names and cards), `result.json`, `report.html`, and after every round
+a checkpoint for `--resume`. The privacy costs of a site are only in the site's ledger.
 """
 
 import json
@@ -39,7 +39,7 @@ from ficpd.privacy.shared_gaussian import SHARED
 from ficpd.registry import validate
 from ficpd.types import ClientCard, ClientData, Record, State
 
-if TYPE_CHECKING:  # a site's process, which shares this package, needs no Flower
+if TYPE_CHECKING:  # a site's process imports this package without Flower
     from flwr.app import Context
     from flwr.serverapp import Grid
 
@@ -72,11 +72,11 @@ def _to_the_log(line: str) -> None:
 def run_coordinator(
     recipe: str, recipe_name: str, out: Path, engine: "Flower", resume: bool = False, say: Say = _to_the_log
 ) -> RunResult:
-    """Runs a recipe's method among the sites that come.
+    """Runs a recipe's method among the sites that connect.
 
-    Raises before any site is waited for: `RunError` if `out` is taken, `ConfigError` or `PrivacyError` if the method is not
-    for sites or not private in this way, and the errors of `validate_distillation`. Raises `SiteError` for sites that do not
-    come or have another backbone.
+    Before it waits for sites, it raises `RunError` if `out` is taken, `ConfigError` or `PrivacyError` if the method cannot
+    run among sites or with this privacy, and the errors of `validate_distillation`. Raises `SiteError` for sites that do
+    not connect or have another backbone, and `RunError` if no round took place.
     """
     directory, experiment = RunDir(out), parse(recipe, recipe_name, records=False)
     with directory.lock():
@@ -124,10 +124,10 @@ class Sites(Clients):
         self.engine, self.recipe, self.say = engine, recipe, say
 
     def plan_privacy(self, run: Runner, state: State) -> PrivacyPlan:
-        """Plans the noise that the server adds, or may know of.
+        """Plans the noise of the server or of a secure sum.
 
-        The noise on a sum comes from the operating system: every site has the experiment's seed and could take off what
-        comes from it. Noise per record is planned and accounted at each site, which alone knows its number of records.
+        The noise on a sum comes from the operating system: every site has the experiment's seed and could remove noise
+        that comes from it. Each site plans its noise per record, because only the site knows its number of records.
         """
         run.directory.check_rounds_file(len(run.rounds))
         method, experiment = run.method, run.context.experiment
@@ -157,9 +157,9 @@ class Sites(Clients):
         return self.engine
 
     def after_round(self, run: Runner, done: Round) -> None:
-        """Raises `RunError` if every site answered the first round with an error; a resumed run begins with it again.
+        """Raises `RunError` if every site answered the first round with an error. A resumed run repeats the round.
 
-        A site that was not reached is no reason, nor is a secure sum that lost too many.
+        A site that was not reached does not count as an error, nor does a secure sum that lost too many sites.
         """
         if done.round == 1 and all(re.match(r"\w+Error\b", reason) for reason in done.dropped.values()):
             require_updates(run.method.name, done, UNSAVED)
@@ -180,7 +180,7 @@ class Sites(Clients):
 
 
 def _plan_secure_sum(run: Runner, part: Mapping[str, Any], state: State) -> PrivacyPlan:
-    """Plans the sums of sites that share the noise, from public settings. Raises `PrivacyError` without `least_records`."""
+    """Plans the secure sums from public settings. Raises `PrivacyError` without `least_records`."""
     if (least := part["least_records"]) is None:
         raise PrivacyError(
             "privacy.least_records is open: expected the records that every site has at least, because all of them "
@@ -194,7 +194,7 @@ def _plan_secure_sum(run: Runner, part: Mapping[str, Any], state: State) -> Priv
 
 
 def _sites_of(out: Path) -> dict[str, ClientCard] | None:
-    """Returns the sites that a resumed run began with."""
+    """Returns the sites of a resumed run; None for a new run."""
     file = out / SITES
     if not file.exists():
         return None
@@ -204,7 +204,7 @@ def _sites_of(out: Path) -> dict[str, ClientCard] | None:
 def _with_sites(
     context: ExperimentContext, cards: Mapping[str, ClientCard], told: Mapping[str, Mapping[str, Any]]
 ) -> ExperimentContext:
-    """Adds the sites as clients without records. Raises `SiteError` for one with another backbone or without a task here."""
+    """Adds the sites as clients without records. Raises `SiteError` for another backbone or an unknown group."""
     fingerprint, groups = context.model.backbone.fingerprint, context.experiment.groups
     others = {
         name: facts["backbone"] for name, facts in told.items() if name in cards and facts["backbone"] != fingerprint
@@ -225,7 +225,7 @@ def _with_sites(
 
 
 def _agreed(privacy: Mapping[str, Any], plan: PrivacyPlan) -> PrivacyReport:
-    """Returns the guarantee that every site's noise has to keep. A site's ledger has its spent budget."""
+    """Returns the guarantee that every site must keep. The spent budget is in the site's ledger."""
     if plan.central:
         return PrivacyReport.model_validate(plan.to_report())
     if privacy["name"] == "none":
@@ -243,7 +243,7 @@ def _agreed(privacy: Mapping[str, Any], plan: PrivacyPlan) -> PrivacyReport:
 
 
 def _line(done: Round, planned: int, plan: PrivacyPlan) -> str:
-    """Returns one round as a line of the log."""
+    """Describes one round in a line of the log."""
     words = f"round {done.round}/{planned}: {done.updates} of {done.clients} sites, {done.seconds_train:.1f} s, "
     words += f"{done.bytes_up:,} bytes up, {done.bytes_down:,} down"
     if plan.central:

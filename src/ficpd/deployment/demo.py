@@ -1,7 +1,7 @@
 """Runs `ficpd deploy demo`: a federation of three organisations with separate processes on one machine.
 
-TLS, SuperNode keys, sockets, ledgers and policies are those of `ficpd deploy init`. Paths, ports and records differ,
-and nginx is left out.
+TLS, SuperNode keys, sockets, ledgers and policies are those of `ficpd deploy init`. Paths, ports and records differ. There
+is no nginx.
 """
 
 import json
@@ -38,7 +38,7 @@ def demo(out: Path, rounds: int, say: Say, secure_aggregation: bool = False) -> 
         raise RunError(f"{out} exists already; choose another --out")
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        # a short folder, because a socket's path has at most 107 bytes
+        # the folder's name is short, because a socket's path has at most 107 bytes
         with tempfile.TemporaryDirectory(prefix="ficpd-", ignore_cleanup_errors=True) as folder, ExitStack() as running:
             _run(Path(folder), out, rounds, say, running, secure_aggregation)
     finally:
@@ -164,7 +164,7 @@ def _started(name: str, command: list[str], more: Mapping[str, str], folder: Pat
 
 
 def _children(pid: int) -> list[int]:
-    """Lists a process's descendants. Some have their own session, so a signal to the group misses them."""
+    """Lists a process's descendants. Some have another session, so a signal to the group does not reach them."""
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):

@@ -31,8 +31,8 @@ QUIET = {
 def run_with_flower(experiment: Experiment, recipe: str | None, out: Path, resume: bool) -> int:
     """Runs an experiment among real sites; returns the exit status of `flwr run`.
 
-    `recipe`: the unchanged file of the experiment, so that sites can name its lines. Raises `ConfigError` without a
-    SuperLink.
+    `recipe`: the unchanged file of the experiment, so that sites can name its lines. Raises `ConfigError` without the
+    option `superlink`, and the errors of `check_superlink`.
     """
     from ficpd.deployment.flower_engine import Config
 
@@ -54,8 +54,9 @@ def flwr_run(
 ) -> int:
     """Runs the app with a recipe by `flwr run`; returns its exit status.
 
-    `where`: a connection's name in `$FLWR_HOME/config.toml`, or options of `flwr run`. `out`: the run directory on the
-    coordinator's machine, which SuperLink's user writes. `more`: further environment variables.
+    where: a connection's name in `$FLWR_HOME/config.toml`, or options of `flwr run`.
+    out: the run directory on the coordinator's machine. SuperLink's user writes it.
+    more: further environment variables.
     """
     given = {"recipe": text, "recipe-name": name, "out": str(out.absolute()), "resume": resume}
     with tempfile.TemporaryDirectory(prefix="ficpd-") as folder:
@@ -66,9 +67,9 @@ def flwr_run(
 
 
 def check_superlink(connection: str) -> None:
-    """Checks that a SuperLink answers.
+    """Checks that a SuperLink answers, unless its connection is insecure.
 
-    Raises `SiteError` within ten seconds if it does not, and `ConfigError` for an unknown connection.
+    Raises `SiteError` within ten seconds if it does not answer, and `ConfigError` for an unknown connection.
     """
     from ficpd.deployment.tls_check import check_tls
 
@@ -99,14 +100,14 @@ def flower_binary(program: str) -> str:
 
 
 def clean_env(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns this process's environment without telemetry."""
-    # Flower starts its helpers by name, so this Python's programs come first in PATH.
+    """Returns this process's environment, without telemetry and downloads of Flower."""
+    # Flower starts its helpers by name, so PATH begins with this Python's programs.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **QUIET, "PATH": path, **(more or {})}
 
 
 def free_ports(number: int) -> list[int]:
-    """Returns free ports of this machine. At Flower's default port another user's SuperLink might answer."""
+    """Returns free ports of this machine. Flower's default port may belong to another user's SuperLink."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(number)]
         for probe in probes:

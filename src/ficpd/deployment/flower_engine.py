@@ -1,7 +1,7 @@
 """Reaches clients at real sites through Flower, by one message per site and round to the site's socket.
 
 Flower only transports messages and lists nodes. `run_rounds` has the round loop, its checks and its checkpoints. The engine
-pulls replies itself, because `Grid.send_and_receive` sleeps three seconds between polls and drops late replies.
+pulls replies itself, because `Grid.send_and_receive` sleeps between polls and drops late replies.
 """
 
 import json
@@ -24,12 +24,13 @@ SPEC_MISSING, REFUSED = 428, 409
 
 
 class Config(FrozenConfig):
-    """Sets the connection to Flower and the times of a round.
+    """Sets the connection to Flower and the times of a round, in seconds.
 
-    superlink: the connection's name in Flower's configuration, which `ficpd run` needs.
-    sites: sites that must connect before the run; without names, all that connect within `wait_seconds`, at least one.
+    superlink: the connection's name in Flower's configuration. `ficpd run` needs it.
+    sites: sites that must connect before the run. Without names, the run starts when all connected nodes have answered.
+    wait_seconds: maximum time to wait for sites.
     deadline_seconds: duration of a round. Later updates are dropped and counted, or kept (`federation.accept_late`).
-        Messages expire after twice this time, so no site's clock may be further ahead.
+        Messages expire after twice this time, so a site's clock must not be ahead by more.
     """
 
     superlink: str | None = None
@@ -46,7 +47,7 @@ def build(config: Config, *_: Any) -> None:
 
 @dataclass
 class PendingCall:
-    """A call without an answer yet."""
+    """A call that is not answered yet."""
 
     site: str
     what: str
@@ -54,7 +55,7 @@ class PendingCall:
 
 
 class Flower:
-    """`run`: this run's id. `spec_for`: returns a site's encoded spec for its first assignment, or on request."""
+    """Exchanges calls with sites. `run`: the run's id. `spec_for`: returns a site's encoded run spec."""
 
     def __init__(self, config: Config, grid: Grid, run: str, say: Callable[[str], None] = lambda line: None):
         self.config, self.grid, self.run, self.say = config, grid, run, say
@@ -76,8 +77,9 @@ class Flower:
     def wait_for_sites(self, known: Mapping[str, ClientCard] | None = None) -> None:
         """Asks every node for its card until all wanted sites are connected.
 
-        `known`: the cards of a resumed run, which needs one of its sites. Raises `SiteError` for sites that do not connect
-        in time.
+        known: the cards of a resumed run. One of its sites is enough when the time is over.
+
+        Raises `SiteError` for sites that do not connect in time, and for two nodes with one site name.
         """
         wanted = set(known or self.config.sites)
         until = time.monotonic() + self.config.wait_seconds
@@ -97,9 +99,9 @@ class Flower:
             }
 
     def exchange(self, assignments: Mapping[str, bytes]) -> Iterator[Reply]:
-        """Sends one call per site, the first with the run's spec; yields replies, also late ones of earlier rounds.
+        """Sends one call per site, the first with the run spec. Yields replies, also late ones of earlier rounds.
 
-        Meanwhile greets new nodes; a late site joins the current round. Waits if no site is connected.
+        Meanwhile greets new nodes; a late site joins the current round. If no site is connected, waits for one.
         """
         until = time.monotonic() + self.config.deadline_seconds
         self.underway = {id: sent for id, sent in self.underway.items() if sent.what != "evaluate"}
@@ -129,7 +131,7 @@ class Flower:
             self.say(f"{self.underway[id].site} has not answered within {self.config.deadline_seconds:g} s")
 
     def evaluate(self, assignments: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        """Has each site score its test records; returns the scores that the sites' policies share."""
+        """Asks each site to score its test records; returns the scores that the sites' policies share."""
         waiting = self._send("evaluate", {name: body for name, body in assignments.items() if name in self.node})
         found = {}
         for sent, (status, body) in self._answers(waiting, time.monotonic() + self.config.deadline_seconds):
@@ -158,7 +160,7 @@ class Flower:
         return {id for id in ids if id}
 
     def _answers(self, waiting: set[str], until: float) -> Iterator[tuple[PendingCall, tuple[int, bytes]]]:
-        """Yields answers, to earlier calls too, until all of `waiting` are answered or the time is over."""
+        """Yields answers, also to earlier calls, until all of `waiting` are answered or the time `until` is over."""
         while waiting & self.underway.keys():
             for message in self.grid.pull_messages(list(self.underway)):
                 sent = self.underway.pop(message.metadata.reply_to_message_id, None)
@@ -170,11 +172,11 @@ class Flower:
                 time.sleep(self.config.poll_seconds)
 
     def _greeted(self) -> set[str]:
-        """Returns the ids of the hello calls without an answer."""
+        """Returns the ids of the unanswered hello calls."""
         return {id for id, sent in self.underway.items() if sent.what == "hello"}
 
     def _hello(self) -> None:
-        """Asks new nodes, and nodes that have not answered for long, for their cards; forgets nodes that are gone."""
+        """Asks nodes for their cards if they are new or have not answered in time. Forgets nodes that are gone."""
         here, now = set(self.grid.get_node_ids()), time.monotonic()
         unheard = {id for id in self._greeted() if now - self.underway[id].at > self.config.wait_seconds}
         self._asked = (self._asked & here) - {int(self.underway.pop(id).site) for id in unheard}
@@ -189,7 +191,7 @@ class Flower:
                 self._answered_hello(sent, status, body)
 
     def _answered_hello(self, sent: PendingCall, status: int, body: bytes) -> str | None:
-        """Registers the site and returns its name; None after an error, and then asks the node again."""
+        """Registers the site and returns its name. After an error returns None, and the node is asked again."""
         node = int(sent.site)
         if status != 200:
             self._asked.discard(node)
@@ -217,7 +219,7 @@ class Flower:
 
 
 def _answer_of(message: Message) -> tuple[int, bytes]:
-    """Returns status and body; 503 for Flower's own errors (a node that is gone, a ClientApp that raised)."""
+    """Returns status and body; 503 for an error of Flower (a node is gone, or a ClientApp raised)."""
     if message.has_error():
         return 503, json.dumps({"error": f"Flower: {message.error.reason or f'code {message.error.code}'}"}).encode()
     try:

@@ -12,7 +12,7 @@ from ficpd.errors import ConfigError
 from ficpd.privacy.shared_gaussian import SHARED, Config, tolerance
 
 INNER_PORT = 9091
-"""SuperLink's local port. nginx listens at the published address."""
+"""SuperLink's local port. nginx listens at the public address."""
 
 SITE = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -41,9 +41,11 @@ known = "/etc/ficpd/signing-keys\""""
 def init(folder: Path, sites: Sequence[str], address: str, secure_aggregation: bool = False) -> None:
     """Writes `folder` atomically: a CA, the coordinator's folder and a folder for each site.
 
-    `address` (HOST:PORT): the coordinator's public address. Only the owner can read private keys, and a site's folder
-    holds only its own key. `secure_aggregation`: the recipe's sites share their noise in secure sums, and each site gets a
-    signing key and all sites' public ones. Raises `ConfigError` for a folder that is not empty and for invalid names.
+    address: the coordinator's public address (HOST:PORT).
+    secure_aggregation: the sites share their noise in secure sums. Each site gets a signing key and all public keys.
+
+    Only the owner can read private keys, and a site's folder has no other site's key. Raises `ConfigError` for a folder
+    that is not empty, and for invalid names.
     """
     host, port = checked_address(address)
     _check_sites(sites)
@@ -137,7 +139,7 @@ def _write(made: Path, sites: Sequence[str], address: str, host: str, port: int,
 
 
 def _privacy_words(number: int, secure: bool) -> dict[str, str]:
-    """Returns the templates' words that say how records are protected."""
+    """Returns the templates' words for the privacy of the records."""
     allowed = tolerance(Config(epsilon=1.0), number) if secure else None
     if allowed is None:
         return {"PRIVACY": RECORD_PRIVACY, "MECHANISM": "record_gaussian", "SIGNING": ""}
@@ -146,7 +148,7 @@ def _privacy_words(number: int, secure: bool) -> dict[str, str]:
 
 
 def _signing_keys(made: Path, sites: Sequence[str], create: Callable[[], tuple[bytes, bytes]]) -> None:
-    """Writes each site's signing key, and the public halves of all into every site's folder."""
+    """Writes each site's signing key, and all public keys into every site's folder."""
     pairs = {name: create() for name in sites}
     for name in sites:
         _secret(made / "sites" / name / "signing.key", pairs[name][0])
@@ -168,7 +170,7 @@ def _fill(template: Traversable, target: Path, words: Mapping[str, str]) -> None
 
 
 def _secret(path: Path, content: bytes) -> None:
-    """Writes a file that only its owner can ever read."""
+    """Writes a file that only its owner can read, from its creation on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_bytes(content)

@@ -1,7 +1,7 @@
 """The specification of a run, which the coordinator sends to each site once and the site stores.
 
-It holds all parts of the experiment that a client needs. A site executes assignments by it and computes the privacy cost
-of the whole run before the first one.
+It has all parts of the experiment that a client needs. With it, a site executes assignments and computes the privacy cost
+of the whole run before the first assignment.
 """
 
 import json
@@ -33,19 +33,21 @@ from ficpd.tasks.build import build_task
 from ficpd.types import LORA, MAX_PROMPT_NORM_RATIO, ClientWorkload, Prompt, State
 
 MAX_CLIENTS = 10_000
-"""Names in a spec. A site plans each round's cohort from all of them."""
+"""The maximum number of names in a spec. A site samples each round's cohort from all of them."""
 MAX_NUMBER = 2**63 - 1
 MAX_TEXT, MAX_PARTS = 256 << 10, 20
-"""Characters of an experiment, and parts of a dotted key: the parser needs time in the square of them."""
+"""The maximum characters of an experiment and parts of a dotted key: the parser's time grows with their square."""
 _PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
 _LONG_KEY = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{MAX_PARTS},}}")
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """experiment: the experiment with every "auto" resolved by the coordinator.
+    """The settings of a run.
+
+    experiment: the experiment, with every "auto" resolved by the coordinator.
     recipe, recipe_name: the recipe's original text and file name.
-    names: all clients, from which a public seed samples cohorts.
+    names: all clients. A public seed samples cohorts from them.
     coordinates: the coordinator's gradient subspace, if any.
     """
 
@@ -58,7 +60,7 @@ class RunSpec:
     coordinates: Subspace | None
 
     def digest(self) -> str:
-        """Names all by which a site plans its noise. Sites of a secure sum sign it, so that all have the same."""
+        """Returns a hash of all settings of the noise plan. Sites of a secure sum sign it, so that all agree."""
         told = [to_toml(self.experiment), list(self.names), asdict(self.schedule)]
         return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -74,12 +76,12 @@ class RunSpec:
         return [build_task(one.task) for one in groups] if self.experiment.privacy["name"] == SHARED else own
 
     def compression(self) -> Compression:
-        """Builds the coordinator's compression, with the directions that it computed."""
+        """Builds the coordinator's compression with its computed directions."""
         module, config = build_config("compression", self.experiment.compression)
         return module.build(config, self.start, self.schedule.seed, self.coordinates)
 
     def plan(self, client: str, counts: UnitCounts, method: Method) -> ClientWorkload:
-        """Returns this client's planned workload in the whole run."""
+        """Returns a client's planned workload in the whole run. Raises `ConfigError` for an unknown client."""
         if client not in self.names:
             raise ConfigError(f"unknown client {client!r}; the run's spec has {', '.join(sorted(self.names))}")
         return client_workloads(method, State({}), dict.fromkeys(self.names, counts), self.schedule)[client]
@@ -101,9 +103,9 @@ def encode(spec: RunSpec) -> bytes:
 
 
 def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
-    """Decodes a run's spec. Raises `CodecError` for an incomplete one, or one of another version.
+    """Decodes a run spec. Raises `CodecError` for an invalid one, or one of another version.
 
-    Loads a module outside the package only if it is `known`: a server must not choose a site's imports.
+    Loads a module outside the package only if it is in `known`: a server must not choose a site's imports.
     """
     state, _ = storage.decode_state(body)
     facts, arrays = state.facts, state.arrays
@@ -124,7 +126,7 @@ def decode(body: bytes, known: Sequence[str] = ()) -> RunSpec:
 
 
 def _check_texts(*texts: Any) -> None:
-    """Checks the length of untrusted texts and of their keys before they are parsed."""
+    """Raises `ValueError` for untrusted texts that are too long to parse, or have too long keys."""
     for text in texts:
         if not isinstance(text, str) or len(text) > MAX_TEXT:
             raise ValueError(f"its texts have at most {MAX_TEXT} characters")
@@ -133,7 +135,7 @@ def _check_texts(*texts: Any) -> None:
 
 
 def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Checks every name in the experiment that may import a module."""
+    """Raises `ValueError` if the experiment names a module outside the package that is not in `known`."""
     tasks = [group.get("task", {}) for group in tree.get("groups", {}).values()]
     parts = [tree.get(part, {}) for part in ("method", "privacy", "compression", "task", "engine")]
     named = [part.get("name") for part in (*parts, *tasks, *tree.get("metrics", ()))]
@@ -148,7 +150,7 @@ def _check_modules(tree: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def _checked_names(names: Any) -> list[str]:
-    """Returns the clients' names. Invented clients would dilute the sampling rate, and so the cost of a sum."""
+    """Returns the clients' names, if valid. Invented clients would lower the sampling rate, and so a sum's cost."""
     named = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     if not named or not 1 <= len(names) <= MAX_CLIENTS or len(set(names)) < len(names):
         given = f"{len(names)} names" if isinstance(names, list) else repr(names)
@@ -157,7 +159,7 @@ def _checked_names(names: Any) -> list[str]:
 
 
 def _checked_schedule(facts: Any, clients: int) -> RoundSchedule:
-    """Returns the schedule. Every number of it is part of a cost, so each is checked."""
+    """Returns the schedule, if valid. Each of its numbers is part of a cost, so each is checked."""
     schedule = RoundSchedule(**facts)
     expected = {
         "num_rounds": (int, 1, MAX_NUMBER),
@@ -180,7 +182,7 @@ def _checked_schedule(facts: Any, clients: int) -> RoundSchedule:
 
 
 def _check_rows(rows: Tensor, grad_scale: Tensor, start: Prompt) -> None:
-    """Checks that the basis is orthonormal; otherwise the clip norm does not bound the sensitivity."""
+    """Raises `ValueError` unless the basis is orthonormal. Only then the clip norm bounds the sensitivity."""
     wanted = (len(rows), start.vectors_PD.numel())
     if len(rows) > wanted[1]:
         raise ValueError(f"directions are {tuple(rows.shape)}, expected at most {(wanted[1], wanted[1])}")
@@ -192,10 +194,10 @@ def _check_rows(rows: Tensor, grad_scale: Tensor, start: Prompt) -> None:
 
 
 def validate_initial_prompt(start: Prompt, task: Task, backbone: Backbone, prompt_type: str = "soft") -> None:
-    """Raises `CodecError` for an initial prompt of another type (`Capabilities`), or unfit for the backbone and task.
+    """Raises `CodecError` if the initial prompt has another type (`Capabilities`), or does not fit backbone and task.
 
     A wrong number of head rows would change where texts are truncated; long records would then fail, which leaks their
-    length. Far outside the backbone's range, rounding makes records depend on one another.
+    length. With numbers far outside the backbone's range, rounding would make records depend on each other.
     """
     vectors_PD, enters_at, head_rows = start.vectors_PD, start.enters_at, start.head_rows
     kind = "tokens" if not vectors_PD.is_floating_point() else "lora" if enters_at == LORA else "soft"
@@ -251,6 +253,6 @@ def _validate_words(start: Prompt, backbone: Backbone) -> None:
 
 
 def group_of(client: str, groups: Mapping[str, object]) -> str:
-    """Returns the group that a client's name begins with; "" in a federation of one task."""
+    """Returns the group at the beginning of a client's name; "" without a known group."""
     group = client.partition(".")[0]
     return group if group in groups else ""

@@ -1,4 +1,4 @@
-"""Checks that an address answers with a trusted certificate. Flower itself retries forever and gives no reason."""
+"""Checks that an address answers with a trusted certificate. Flower itself retries forever without a reason."""
 
 import socket
 import ssl
@@ -16,8 +16,9 @@ SECONDS = 8.0
 def check_tls(address: str, ca: Path | None = None, seconds: float = SECONDS) -> str:
     """Makes a TLS handshake with `address` (HOST:PORT), with Flower's checks; describes the certificate.
 
-    `ca`: the authority's certificate (PEM); None: this machine's trusted authorities. Raises `SiteError` with the reason
-    from the resolver, the socket or ssl, within about `seconds`. Raises `ConfigError` for an invalid address.
+    ca: the authority's certificate (PEM); None: this machine's trusted authorities.
+
+    Raises `SiteError` with the reason within about `seconds`, and `ConfigError` for an invalid address.
     """
     host, port = checked_address(address)
     try:

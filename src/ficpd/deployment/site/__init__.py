@@ -1,1 +1,1 @@
-"""`ficpd site`: the resident process of one organisation, with its records, backbone, budget and ledger."""
+"""The process of `ficpd site` at one organisation, with its records, backbone, budget and ledger."""

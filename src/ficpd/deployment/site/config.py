@@ -1,4 +1,4 @@
-"""A site's TOML file: its identity, records and policy, and the line numbers of its settings."""
+"""Reads a site's TOML file: its identity, records and policy, and the line numbers of its settings."""
 
 import re
 import tomllib
@@ -14,28 +14,28 @@ from ficpd.errors import ConfigError, SiteError, did_you_mean
 from ficpd.registry import FrozenConfig, load, validate, validated_section
 
 EXACT = "float32"
-"""Precision of batched forward passes under record-level DP: bfloat16 makes records depend too much on their batch."""
+"""The dtype of batched forward passes under record-level DP. bfloat16 makes records depend too much on their batch."""
 LONGEST_SOCKET = 107
-"""Longest path of a Unix socket in bytes (Linux, sun_path)."""
+"""The maximum length of a Unix socket's path in bytes (Linux, sun_path)."""
 
 
 class Policy(FrozenConfig):
-    """The owner's limits, which no server can change.
+    """The owner's limits. No server can change them.
 
-    epsilon, delta: budget of all runs together.
-    methods: allowed methods. Further ones are dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, without a
+    epsilon, delta: the budget of all runs together.
+    methods: the allowed methods. Further ones are dp_fpl, dp_zo, dp_cma_es, fedhpl, prompt_dpsgd, local and, without a
         guarantee, fedbpt.
-    mechanisms: "none" allows updates without a guarantee. "client_gaussian:central" lets the server add the noise; the
-        first assignment then pays for the whole run.
-    max_num_tokens: virtual tokens of a prompt, with which every record must fit; None: half of the backbone's maximum.
-    max_candidates: prompts that a step may try on each record.
-    max_records_per_subject: records of one subject in a step, where the site's data name subjects; a step's memory grows
-        with them. `max_batch_size` is in subjects then.
-    max_refusals: run specs that the budget may refuse until the next paid assignment. A refusal tells a little
-        about the number of records.
-    max_clip_norm: None: any.
-    least_colluding: sites that a secure sum must withstand together with the server.
-    share_metrics: sends scores on the test records in runs without a guarantee. A guarantee does not cover scores.
+    mechanisms: the allowed mechanisms. "none" allows updates without a guarantee. With "client_gaussian:central" the
+        server adds the noise, and the first assignment is charged for the whole run.
+    max_num_tokens: the virtual tokens of a prompt. Every record must fit with them. None: half of the backbone's maximum.
+    max_candidates: the prompts that a step may try on each record.
+    max_records_per_subject: the records of one subject in a step, if the site's data name subjects. They determine a
+        step's memory. `max_batch_size` then counts subjects.
+    max_refusals: the run specs that the budget may refuse until the next charged assignment. Each refusal reveals a
+        little about the number of records.
+    max_clip_norm: the largest clip norm; None: any.
+    least_colluding: the number of sites, colluding with the server, that a secure sum must withstand.
+    share_metrics: sends scores on the test records, only in runs without a guarantee: a guarantee does not cover scores.
     """
 
     epsilon: float = Field(gt=0, allow_inf_nan=False)
@@ -56,20 +56,24 @@ class Policy(FrozenConfig):
 
 
 class Simulation(FrozenConfig):
-    """For simulations only: repeatable noise and sampling from a seed, which allows to remove the noise."""
+    """Repeatable noise and sampling from a seed, for simulations only: the seed is enough to remove the noise."""
 
     private_seed: int
 
 
 class SigningKeys(FrozenConfig):
-    """key: the site's own Ed25519 key. known: folder of all sites' public halves, NAME.pub. Both PEM, never the server's."""
+    """The keys of secure sums, as PEM. They never come from the server.
+
+    key: the site's Ed25519 key.
+    known: the folder of all sites' public keys, NAME.pub.
+    """
 
     key: Path
     known: Path
 
 
 def rehearsal_warning(names: Iterable[str]) -> str:
-    """Says that the noise of these sites can be taken off."""
+    """Returns the warning that the noise of these sites can be removed."""
     return (
         f"REHEARSAL, nothing is protected: the noise of {', '.join(names)} comes from [simulation] private_seed in its site "
         "file, and the seed is enough to remove it"
@@ -77,9 +81,11 @@ def rehearsal_warning(names: Iterable[str]) -> str:
 
 
 class SiteConfig(FrozenConfig):
-    """name: the site's name at the coordinator; with several tasks it begins with the task's group and a dot.
+    """The settings of a site.
+
+    name: the site's name at the coordinator. With several tasks it begins with the task's group and a dot.
     card: public metadata.
-    state: folder of the ledger, the specs and all local results.
+    state: the folder of the ledger, the specs and all local results.
     """
 
     name: str = Field(min_length=1, max_length=200)
@@ -96,15 +102,15 @@ class SiteConfig(FrozenConfig):
 
     @property
     def exact(self) -> bool:
-        """Tells whether a record's numbers may depend on no other record, even by rounding (`QueryEngine`).
+        """Tells whether a record's results must not depend on other records, even by rounding (`QueryEngine`).
 
-        A mechanism that the policy allows requires that (`DPConfig.exact`), unless the owner sets the chunks.
+        An allowed mechanism requires this, unless the owner sets `engine.chunk_tokens`.
         """
         return self.requires_exact and self.engine.chunk_tokens is None
 
     @property
     def requires_exact(self) -> bool:
-        """Tells whether a mechanism that the policy allows requires it (`DPConfig.exact`)."""
+        """Tells whether a mechanism that the policy allows requires exact results (`DPConfig.exact`)."""
         return any(load("privacy", name.partition(":")[0]).Config.exact for name in self.policy.mechanisms)
 
     @field_validator("name")
@@ -131,7 +137,7 @@ PARTS = {
 
 
 def read(path: Path | str) -> SiteConfig:
-    """Reads a site's file; paths are relative to it. Raises `ConfigError` naming key, value and file."""
+    """Reads a site's file. Paths are relative to it. Raises `ConfigError`, naming key, value and file."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"no site file {path}; `ficpd deploy init` writes one for each site")
@@ -174,7 +180,7 @@ def check_rehearsal(config: SiteConfig, file: Path, rehearsal: bool) -> None:
 
 
 def line_number(text: str, key: str) -> int | None:
-    """Returns the line, from 1, that sets `part.key` in TOML text; None if it has its default.
+    """Returns the number, from 1, of the line that sets `part.key` in TOML text; None if no line does.
 
     >>> line_number('name = "a"\\n[policy]\\nepsilon = 2', "policy.epsilon")
     3

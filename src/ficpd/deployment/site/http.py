@@ -2,8 +2,8 @@
 
     POST /train, /query   a call (`codec.encode_call`)   200 answer; 428 spec missing; 409 refused; 422 unreadable; 500
 
-Callers are not trusted; the owner reads the site's status from its state folder. Errors are JSON `{"error", "refused"}`. A
-body above `LARGEST` is refused with 413 before it is read to its end.
+Callers are not trusted. The owner reads the site's status from its state folder. Errors are JSON `{"error", "refused"}`. A
+body above `LARGEST` is refused with 413 before all of it is read; one that does not end, with 408.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from ficpd.deployment.site.site import Site, SpecMissingError
 from ficpd.errors import BudgetError, CodecError, PolicyError, SiteError
 
 LARGEST = 64 << 20
-"""Bytes of a call: a prompt of 500 tokens of 8192 numbers is 16 MiB."""
+"""The maximum bytes of a call. A prompt of 500 tokens of width 8192 has 16 MiB."""
 SECONDS_OF_SILENCE = 30
-"""Time for a request to arrive, and for the next one to begin."""
+"""The maximum time for a request to arrive, and until the next one arrives."""
 FIRST_HANDED_OVER = 3
 """systemd's SD_LISTEN_FDS_START."""
 
@@ -50,7 +50,7 @@ def create_app(site: Site) -> FastAPI:
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes a connection whose request does not end in time: uvicorn counts it, and would refuse all others."""
+    """Closes a connection whose request does not end in time. Else such connections would reach uvicorn's limit."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -76,14 +76,14 @@ def handle_call(site: Site, body: bytes) -> Response:
         return Response(site.handle(body), media_type="application/octet-stream")
     except SpecMissingError:
         return JSONResponse({"error": "this site does not have the run's spec", "refused": False}, 428)
-    except Exception as error:  # the site survives every error
+    except Exception as error:  # no error may end the site
         refused = isinstance(error, (PolicyError, BudgetError))
         kind = 409 if refused else 422 if isinstance(error, CodecError) else 500
         return JSONResponse({"error": site.public_error(error), "refused": refused}, kind)
 
 
 async def _body(request: Request) -> bytes | None:
-    """Reads the body; None if it is too large. Checks the announced length first."""
+    """Reads the body. Returns None if it, or its header Content-Length, is too large."""
     announced = request.headers.get("content-length", "0")
     if not announced.isdigit() or int(announced) > LARGEST:
         return None
@@ -97,8 +97,8 @@ async def _body(request: Request) -> bytes | None:
 
 
 def serve(site: Site) -> None:
-    """Answers calls until SIGTERM or Ctrl-C, and finishes the current call."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when it has stopped
+    """Answers calls until SIGTERM or Ctrl-C. Finishes the current call first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again after it has stopped
     given = systemd_socket()
     sock = given or bind_socket(site.config.socket)
     site.say(f"answers on {'the socket it was handed' if given else site.config.socket}")
@@ -129,7 +129,7 @@ def systemd_socket() -> socket.socket | None:
 
 
 def bind_socket(path: Path) -> socket.socket:
-    """Makes a socket of mode 0600. Removes a dead process's socket; raises `SiteError` for anything else in its place."""
+    """Creates a socket of mode 0600. Replaces a dead process's socket; raises `SiteError` for any other file."""
     if not path.parent.is_dir():
         raise SiteError(f"there is no folder {path.parent} for the socket; make it, or set another `socket`")
     if path.is_symlink() or path.exists():

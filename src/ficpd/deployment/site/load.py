@@ -14,7 +14,7 @@ from ficpd.types import ClientData
 
 
 def load_records(config: settings.SiteConfig) -> tuple[Task, ClientData]:
-    """Loads the task and the records, and checks that they fit. The train/test split is the same at every start."""
+    """Loads task and records, and checks that the labels fit. The train/test split is the same at every start."""
     task = build_task(config.task)
     data = loading.load(config.data, 0)
     task.targets([*data.train, *data.test])
@@ -22,7 +22,7 @@ def load_records(config: settings.SiteConfig) -> tuple[Task, ClientData]:
 
 
 def build_site(file: Path, say: Callable[[str], None], rehearsal: bool = False) -> Site:
-    """Builds the site. Loads data before the backbone, so that a wrong column costs no download.
+    """Builds the site. Loads the data before the backbone, so that a wrong column is found before a download.
 
     Raises `SiteError` for a site file with a private seed, unless this is a `rehearsal`.
     """
@@ -34,7 +34,7 @@ def build_site(file: Path, say: Callable[[str], None], rehearsal: bool = False) 
     say(f"{config.name}: {len(shard.train)} records to learn from, {len(shard.test)} to test on")
     backbone, _ = load_backbone(config.backbone, config.engine)
     say(f"{config.name}: backbone {config.backbone.name}, {backbone.fingerprint}")
-    exact = config.exact and backbone.supports_features  # remote backbones form their batches themselves
+    exact = config.exact and backbone.supports_features  # a remote backbone chooses its batches
     engine = config.engine
     model = QueryEngine(backbone, engine.keep_mb << 20, engine.chunk_tokens, exact, engine.checkpoint)
     return Site(config, shard, task, model, (file.read_text(encoding="utf-8"), file.name), say)

@@ -1,4 +1,4 @@
-"""Checks a run's spec against the site's policy. Every objection names the line of both files."""
+"""Checks a run spec against the site's policy. Every objection names the lines in both files."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from ficpd.types import ClientData, Prompt
 
 
 def check(config: SiteConfig, own: str, own_name: str, spec: RunSpec, backbone: Backbone) -> None:
-    """Raises `PolicyError` with all objections. `own`, `own_name`: text and name of the site's file."""
+    """Raises `PolicyError` with all objections, if any. `own`, `own_name`: text and name of the site's file."""
     objections = [
         f"{location(spec.recipe_name, spec.recipe, theirs)}: {given}; {location(own_name, own, ours)}: {allowed}"
         for theirs, given, ours, allowed in _objections(config, spec, max_virtual_tokens(config, backbone))
@@ -30,7 +30,7 @@ def check(config: SiteConfig, own: str, own_name: str, spec: RunSpec, backbone: 
 
 
 def check_message(config: SiteConfig, spec: RunSpec, message: str) -> None:
-    """Raises `PolicyError` for a secure sum's message in another run, or the other way round. No plan is needed for it."""
+    """Raises `PolicyError` for a secure sum's message in a run without secure sums, or the reverse. Needs no plan."""
     if (summed := spec.experiment.privacy["name"] == SHARED) != (message in PHASES):
         raise PolicyError(
             f"{config.name} sends {'terms of a secure sum' if summed else 'updates'} in this run, as its recipe says, and "
@@ -39,7 +39,7 @@ def check_message(config: SiteConfig, spec: RunSpec, message: str) -> None:
 
 
 def check_statistics(declared: Mapping[str, float | None], privacy: Mapping[str, Any]) -> None:
-    """Raises `PolicyError` for a statistic that the method needs and the recipe gives no share of the budget."""
+    """Raises `PolicyError` for a statistic of the method that has no share of the budget in the recipe."""
     stated = privacy.get("statistics") or {}
     if privacy["name"] != "none" and (
         open_ := sorted(n for n, share in declared.items() if share is None and n not in stated)
@@ -51,7 +51,7 @@ def check_statistics(declared: Mapping[str, float | None], privacy: Mapping[str,
 
 
 def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tuple[str, str, str, str]]:
-    """Yields the recipe's key and value, the site's key and allowed value."""
+    """Yields the recipe's key and value, and the site's key and allowed value, of each objection."""
     policy, experiment = config.policy, spec.experiment
     method, mechanism = experiment.method["name"], mechanism_name(experiment.privacy)
     if method not in policy.methods:
@@ -67,7 +67,7 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
             "policy.mechanisms",
             "sites release updates only",
         )
-    # Another delta, or no epsilon, would make the cost, and so a refusal, depend on the number of records.
+    # Otherwise the cost, and so a refusal, would depend on the number of records.
     delta, epsilon = experiment.privacy.get("delta"), experiment.privacy.get("epsilon")
     if mechanism != "none" and delta != policy.delta:
         yield "privacy.delta", f"privacy.delta = {delta!r}", "policy.delta", f"policy.delta = {policy.delta:g}"
@@ -116,7 +116,7 @@ def _objections(config: SiteConfig, spec: RunSpec, tokens: int) -> Iterator[tupl
 def _secure_sum_objections(
     privacy: Mapping[str, Any], policy: Policy, cohort: int
 ) -> Iterator[tuple[str, str, str, str]]:  # fmt: skip
-    """Objects to noise that depends on this site's records, and to sums that too few sites could open."""
+    """Objects to noise that depends on this site's records, and to sums that too few colluding sites could reveal."""
     if privacy.get("least_records") is None:
         yield (
             "privacy.least_records",
@@ -154,7 +154,7 @@ def check_record_lengths(config: SiteConfig, shard: ClientData, task: Task, back
 
 
 def mechanism_name(privacy: dict[str, Any]) -> str:
-    """Returns a mechanism's name in policies, with ":central" if the server adds the noise."""
+    """Returns a mechanism's name in policies: with ":central" if the server adds the noise."""
     return privacy["name"] + (":central" if privacy.get("placement") == "central" else "")
 
 

@@ -29,7 +29,7 @@ from ficpd.types import ClientData, ClientUpdate, zero_update
 
 
 def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1, rehearsal: bool = False) -> Iterator[str]:
-    """Yields the facts that an owner reads before the first run. Raises the first error in site file, data or recipe."""
+    """Yields the facts for the owner before the first run. Raises the first error in site file, data or recipe."""
     config = settings.read(file)
     settings.check_rehearsal(config, file, rehearsal)
     if config.simulation:
@@ -58,7 +58,7 @@ def preflight_lines(file: Path, recipe: Path | None = None, clients: int = 1, re
     scores = "only in runs without a guarantee" if config.policy.share_metrics else "never"
     yield f"leaves    scores on the test records: {scores}"
     yield "stays     records, personal prompts, the ledger, every error that may quote a record"
-    yield "roughly   known from the noise, which is larger the fewer there are: how many records you have"
+    yield "roughly   the number of your records becomes known, because fewer records need more noise"
     spent = site_status(file, counts)["epsilon"]
     unit = f" for one {spent['unit']}" if spent["unit"] else ""
     yield f"budget    epsilon {spent['spent']:.4g} of {spent['of']:g} spent{unit} over all runs (delta {spent['delta']:g})"
@@ -106,9 +106,9 @@ def _of_recipe(
 
 
 def site_status(file: Path, counts: UnitCounts | None = None) -> dict[str, Any]:
-    """Reads the state folder as its owner or root. `running`: a process uses the folder.
+    """Reads the state folder, as its owner or root. The key `running`: whether a process uses the folder.
 
-    `counts`: of the site's training data, whose unit is checked against the ledger's (`LedgerError`).
+    counts: the counts of the training data. Raises `LedgerError` if the ledger has another unit.
     """
     config = settings.read(file)
     with _as_owner(config.state):
@@ -124,7 +124,7 @@ def site_status(file: Path, counts: UnitCounts | None = None) -> dict[str, Any]:
 
 @contextmanager
 def _as_owner(folder: Path) -> Iterator[None]:
-    """Acts as the owner, so that root creates no SQLite files of its own. Raises `SiteError` for other users."""
+    """Acts as the owner, so that root creates no SQLite files as root. Raises `SiteError` for other users."""
     mine = os.geteuid()
     owner = folder.stat().st_uid if folder.exists() else mine
     if mine not in (0, owner):

@@ -1,4 +1,4 @@
-"""Counts the answers about a site's budget that nobody has paid for. Each tells a little about the number of records."""
+"""Counts the uncharged answers about a site's budget. Each reveals a little about the number of records."""
 
 import json
 from hashlib import sha256
@@ -11,18 +11,22 @@ from ficpd.storage import atomic_write
 
 
 class Refusals:
-    """Counts run specs that the budget refused, and notes one that it accepted and that paid nothing, since a payment.
+    """Counts the run specs that the budget refused since the last charge, and stores an accepted one without a charge.
 
-    Guarantees: between two payments at most `most` specs are refused by the budget, and after one that is accepted and pays
-    nothing, only specs that were answered before are answered (`tests/deployment/site/test_unpaid_calls.py`). Otherwise a
-    coordinator could bisect what the budget pays. name: the site's. file: in the site's state folder.
+    file: a file in the site's state folder.
+    name: the site's name.
+    most: the maximum number of refusals.
+
+    Guarantees: between two charges the budget refuses at most `most` specs. After an accepted spec without a charge, only
+    specs that were answered before are answered (`tests/deployment/site/test_unpaid_calls.py`). Otherwise a coordinator
+    could find the number of records by bisection.
     """
 
     def __init__(self, file: Path, name: str, most: int, ledger: Ledger):
         self.file, self.name, self.most, self.ledger = file, name, most, ledger
 
     def check(self, body: bytes) -> None:
-        """Raises `PolicyError` for a further spec when enough were answered; the same one again tells nothing new."""
+        """Raises `PolicyError` for a new spec when enough were answered. A repeated spec reveals nothing new."""
         kept = self._kept()
         if sha256(body).hexdigest() in (*kept["refused"], kept["accepted"]):
             return
@@ -39,7 +43,7 @@ class Refusals:
         self._keep({**kept, "refused": sorted({*kept["refused"], sha256(body).hexdigest()})})
 
     def accept_unpaid(self, body: bytes) -> None:
-        """Notes a spec that the budget accepts, of which nothing is paid."""
+        """Stores a spec that the budget accepts and that is not charged."""
         self._keep({**self._kept(), "accepted": sha256(body).hexdigest()})
 
     def _kept(self) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from ficpd.privacy.shared_gaussian import SharedGaussian
 
 
 def member_of(config: SiteConfig, run: str, spec: RunSpec, mechanism: Mechanism) -> Member | None:
-    """Returns this site's half of a run's secure sums; None for a mechanism without them.
+    """Returns this site's member of a run's secure sums; None for a mechanism without them.
 
-    The site computes each round's invited sites itself. Raises `PolicyError` without keys, `SiteError` for unusable ones.
+    The site itself samples each round's cohort. Raises `PolicyError` without keys, and `SiteError` for unusable keys.
     """
     if not isinstance(mechanism, SharedGaussian):
         return None

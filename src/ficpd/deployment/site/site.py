@@ -37,22 +37,22 @@ from ficpd.storage import atomic_write
 from ficpd.types import JSON, Assignment, ClientCard, ClientData
 
 MAX_LOADED_RUNS = 4
-"""Runs in memory. An older run is restored from its spec and the ledger."""
+"""The maximum number of runs in memory. Others are restored from their spec and the ledger."""
 LEDGER, SEED, WITNESS, SCORED, REFUSED = "ledger.sqlite", "seed", "orders", "scored", "refused"
 PUBLIC_ERRORS = (PolicyError, CodecError, SiteError)
-"""Errors about specs and messages, whose text does not depend on records."""
+"""Errors about specs and messages. Their text does not depend on records."""
 
 
 class SpecMissingError(Exception):
-    """An assignment of a run whose spec this site does not have."""
+    """The site does not have the spec of the assignment's run."""
 
 
 @dataclass
 class Run:
     """A run of this site: its spec and the spec's bytes, its method, and this site as its client.
 
-    scored: the last scored round of a run whose scores stay local. planned: by this site's records, and within its budget;
-    a run that has only exchanged keys is not.
+    scored: the last scored round of a run whose scores stay local.
+    planned: whether its cost is planned from this site's records; not so while it has only exchanged keys.
     """
 
     spec: RunSpec
@@ -71,7 +71,7 @@ class Site:
     - The ledger charges an assignment on disk before its update is sent.
     - A repeated assignment returns the same bytes and costs nothing.
     - The policy, the run's plan and the budget over all runs limit every assignment; a refusal costs nothing.
-    - The answer to a call that costs nothing does not depend on the number of records, but for counted refusals.
+    - The answer to a call that costs nothing does not depend on the number of records, except for counted refusals.
     - The site sends only released updates, its card, and errors that quote no record.
     - One process at a time uses the state folder, and only its owner can read it.
     """
@@ -83,7 +83,7 @@ class Site:
     ):  # fmt: skip
         self.config, self.shard, self.task, self.model, self.own, self.say = config, shard, task, model, own, say
         self.folder = config.state
-        self.turn = lock or threading.Lock()  # one assignment at a time; sites with a common backbone share the lock
+        self.turn = lock or threading.Lock()  # one assignment at a time, also of sites with a common backbone
         self.runs: dict[str, Run] = {}
         policy.check_record_lengths(config, shard, task, model.backbone)
         state_folder.make_private(self.folder)
@@ -104,7 +104,7 @@ class Site:
         return ClientCard(self.config.name, self.config.card | ({"group": group} if group else {}))
 
     def handle(self, body: bytes) -> bytes:
-        """Answers a call. Raises `SpecMissingError`, or errors that `public_error` makes safe to send."""
+        """Answers a call. Raises `SpecMissingError`, or errors for `public_error`."""
         call = codec.decode_call(body)
         if call.what == "hello":
             card, rehearsal = self.card, self.config.simulation is not None
@@ -132,9 +132,9 @@ class Site:
                 self._forget_unpaid(call.run, run)
 
     def _forget_unpaid(self, name: str, run: Run) -> None:
-        """Forgets a run of which no assignment is completed, so that it uses up none of `policy.max_runs`.
+        """Forgets a run without a completed assignment, so that it does not count for `policy.max_runs`.
 
-        Notes a run that has paid nothing although its plan has costs: that it was accepted tells of the records, too.
+        Stores a run that was not charged although its plan has costs: its acceptance reveals something about the records.
         """
         account = run.client.account
         assert account is not None
@@ -164,7 +164,7 @@ class Site:
         try:
             update = run_queries(self.model, execute_assignment(run.method, run.client, assignment, release))
         except Exception as error:
-            if not isinstance(error, PrivacyError):  # the ledger has it as a failed one
+            if not isinstance(error, PrivacyError):  # the ledger counts the failed assignment
                 self._witness()
             raise
         encode = terms.encode_vector if order else codec.encode_update
@@ -177,7 +177,7 @@ class Site:
         return body
 
     def _evaluated(self, name: str, run: Run, assignment: Assignment) -> bytes:
-        """Scores the site's test records; sends the scores only without a DP guarantee and if the policy allows.
+        """Scores the site's test records. Sends the scores only without a DP guarantee and if the policy allows it.
 
         If scores stay local, the answer does not depend on the outcome, and each round is scored at most once because
         timing could leak information.
@@ -211,8 +211,8 @@ class Site:
     def _run(self, call: SiteRequest, assignment: Assignment, message: str) -> Run:
         """Returns the run of a call: from memory, restored from disk, or new and within the policy.
 
-        A new run's first assignment is checked before its cost, which depends on the number of records. A secure sum's
-        messages other than `VECTOR` are not paid for, so a run that begins with them is planned only by its first vector.
+        A new run's first assignment is checked before its cost, because the cost depends on the number of records. A secure
+        sum's messages other than `VECTOR` cost nothing, so a run is planned from the records only at its first vector.
         """
         known, pays = self.runs.get(call.run), message not in PHASES or message == VECTOR
         if known and (known.planned or not pays):
@@ -241,7 +241,7 @@ class Site:
         return run
 
     def _check_keys(self, name: str, order: "terms.VectorOrder") -> None:
-        """Raises `PolicyError` for a run's first vector if it cannot be masked, before it is planned by the records."""
+        """Raises `PolicyError` if a run's first vector cannot be masked, before the run is planned from the records."""
         known, round = self.runs.get(name), order.assignment.round
         if (self._run_folder(name) / "spec").exists() or (known and known.planned):
             return
@@ -250,9 +250,9 @@ class Site:
         known.client.member.check_vector(round, order.shares)
 
     def _start(self, name: str, spec: RunSpec, first: Assignment | None, body: bytes, pays: bool = True) -> Run:
-        """Starts a run with its first assignment, or restores it. Unless it `pays`, it is planned by `least_records`.
+        """Starts a run with its first assignment, or restores it. Without `pays`, plans it from `least_records`.
 
-        Raises `PolicyError`, or `BudgetError` if the whole run cannot be planned within the budget.
+        Raises `CodecError`, `PolicyError`, or `BudgetError` if the whole run does not fit into the budget.
         """
         config, fingerprint = self.config, self.model.backbone.fingerprint
         if spec.start.backbone != fingerprint:
@@ -276,14 +276,14 @@ class Site:
         try:
             mechanism = self._mechanism(spec, method, plan)
             budget = self._budget(name, mechanism) if pays else Budget(config.policy.epsilon, config.policy.delta)
-        except (PolicyError, LedgerError) as error:  # the latter: another unit
+        except (PolicyError, LedgerError) as error:  # `LedgerError`: another unit
             raise PolicyError(str(error)) from error
-        except PrivacyError as error:  # one answer for all that depends on the number of records
+        except PrivacyError as error:  # the same answer for all causes that depend on the number of records
             self.refusals.refuse(body)
             raise BudgetError(str(error)) from error
         account = self.ledger.account(config.name, budget, name, Unit.of(mechanism.guarantee()))
-        # Under central DP single releases have no cost here. The first assignment pays for the whole plan, because the
-        # server's private cohorts decide how many assignments come.
+        # Under central DP a single release has no cost here. The first assignment is charged for the whole plan, because the
+        # server's private cohorts determine the number of assignments.
         central = mechanism.cost(ReleaseKind.SUM) is not None
         pending = mechanism.planned_costs() if central and not account.num_assignments() else ()
         client = Client(
@@ -359,7 +359,7 @@ class Site:
         return self.folder / RUNS / name
 
     def _witness(self) -> None:
-        """Stores the number of executed assignments outside the ledger, which reveals an older copy of the ledger."""
+        """Stores the number of executed assignments outside the ledger, to detect an older copy of the ledger."""
         atomic_write(self.folder / WITNESS, f"{self.ledger.num_assignments()}\n")
 
     def _check_witness(self) -> None:

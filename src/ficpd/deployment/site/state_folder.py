@@ -11,7 +11,7 @@ from ficpd.storage import atomic_write
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder that only its owner can read. Raises `SiteError` if another user owns it."""
+    """Creates a folder that only its owner can read. Raises `SiteError` if another user owns it."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     about = folder.stat()
     if about.st_uid != os.geteuid():
@@ -23,7 +23,7 @@ def make_private(folder: Path) -> None:
 
 
 def lock(folder: Path) -> TextIO:
-    """Locks the state folder until the process ends."""
+    """Locks the state folder until the file is closed. Raises `SiteError` if another process has the lock."""
     file = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,7 +34,7 @@ def lock(folder: Path) -> TextIO:
 
 
 def read_seed(file: Path) -> int:
-    """Returns the site's seed, drawn by the operating system once, so that holdout records survive restarts."""
+    """Returns the site's seed, which is drawn once, so that the holdout is the same after a restart."""
     if not file.exists():
         atomic_write(file, f"{secrets.randbits(62)}\n")
         file.chmod(0o600)

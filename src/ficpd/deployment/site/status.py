@@ -1,4 +1,4 @@
-"""A site's status for its owner. A server never sees it."""
+"""Reads a site's status for its owner. A server never sees it."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def ledger_status(ledger: Ledger, config: SiteConfig) -> dict[str, JSON]:
 
 
 def check_data_unit(ledger: Ledger, config: SiteConfig, counts: UnitCounts) -> None:
-    """Raises `LedgerError` if earlier runs were paid for records, and the data name subjects, or the other way round."""
+    """Raises `LedgerError` if earlier runs were charged per record and the data name subjects, or the reverse."""
     unit = "record" if counts.subjects is None else "subject"
     if {found.name for found in ledger.units(config.name)} & {"record", "subject"}:
         ledger.check_unit(config.name, unit)

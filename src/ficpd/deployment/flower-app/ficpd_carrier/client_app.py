@@ -1,6 +1,6 @@
-"""Carries bytes to the site's own process and back, without reading them.
+"""Passes bytes to the site's process and back, without reading them.
 
-Flower starts a new process for every message, so nothing heavy is imported, and no record or model is ever here.
+Flower starts a new process for every message, so the imports are light. No record or model is in this process.
 """
 
 import json
@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 CONNECT_SECONDS = 5.0
-"""How long a socket may take to accept. An answer may take as long as the message lives."""
+"""The maximum time for the socket to accept. An answer may take until the message expires."""
 
 app = ClientApp()
 
@@ -27,7 +27,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def carried(message: Message, context: Context, what: str) -> Message:
-    """Returns the site's status and body as they are; 503 and the reason where there is no site to ask."""
+    """Returns the site's status and body unchanged, or 503 and the reason if the site cannot be reached."""
     body = message.content.config_records["call"]["body"]
     assert isinstance(body, bytes), "the server's half sends bytes"
     status, answer = posted(socket_of(context), what, body)
@@ -35,9 +35,9 @@ def carried(message: Message, context: Context, what: str) -> Message:
 
 
 def socket_of(context: Context) -> str | None:
-    """Returns the path that this machine's owner gave the SuperNode; the server has no say in it.
+    """Returns the socket that this machine's owner set for the SuperNode. The server cannot change it.
 
-    A simulation has no SuperNodes to give it to: there `$FICPD_SOCKETS` is a folder of sockets named by partition.
+    A simulation has no SuperNodes: there `$FICPD_SOCKETS` is a folder of sockets, named by partition.
     """
     given = context.node_config
     if "socket" in given:
@@ -52,7 +52,7 @@ def posted(socket: str | None, what: str, body: bytes) -> tuple[int, bytes]:
     timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
     transport = httpx.HTTPTransport(uds=socket)
     try:
-        # trust_env: a machine's HTTP_PROXY would take the call away from the socket
+        # trust_env: a machine's HTTP_PROXY would redirect the call
         with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
             answer = client.post(f"http://site/{what}", content=body)
     except httpx.TransportError as error:
