@@ -1,6 +1,6 @@
 """Measures once which dtype and attention are fastest for a backbone on this machine, and caches the choice.
 
-bfloat16 is faster on a CPU with matrix units for it and far slower on one without, so no table of names fits.
+bfloat16 is faster on a CPU with matrix units for it and far slower on others. So the choice is measured.
 """
 
 import json
@@ -30,7 +30,7 @@ class ExecutionConfig(NamedTuple):
 
 
 def machine_info(device: torch.device) -> dict[str, str | int]:
-    """Describes the machine and the packages, on which a timing depends."""
+    """Describes the parts of the machine and its packages that a timing depends on."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
     info = Path("/proc/cpuinfo")
@@ -44,10 +44,10 @@ def machine_info(device: torch.device) -> dict[str, str | int]:
 def autotune(
     load: Callable[[ExecutionConfig], Backbone], identity: str, device: torch.device, fixed: ExecutionConfig
 ) -> tuple[ExecutionConfig, Backbone | None]:
-    """Returns the fastest choice for one training step, and the backbone if it is loaded with it already.
+    """Returns the fastest choice for a training step, and the backbone if it is already loaded that way.
 
-    Parts of `fixed` other than "auto" are taken as they are. Remembered in the cache folder under the backbone's identity
-    and the machine's. One model at a time is in memory.
+    Parts of `fixed` other than "auto" are not changed. The choice is cached by backbone and machine. Only one model at a
+    time is in memory.
     """
     dtypes = [fixed.dtype] if fixed.dtype != "auto" else _dtypes(device)
     attentions = [fixed.attention] if fixed.attention != "auto" else ["eager", "sdpa"]
@@ -55,7 +55,7 @@ def autotune(
     if len(candidates) == 1:
         return candidates[0], None
     key, known, seconds, backbone = json.dumps([identity, machine_info(device), candidates]), {}, {}, None
-    with suppress(OSError, ValueError):  # a cache that cannot be used costs time, nothing else
+    with suppress(OSError, ValueError):  # without the cache, this only takes longer
         known = json.loads((storage.cache_dir() / "speed.json").read_text(encoding="utf-8"))
     if key in known:
         return ExecutionConfig(*known[key]), None
@@ -77,7 +77,7 @@ def autotune(
 
 
 def _dtypes(device: torch.device) -> list[str]:
-    """Returns the dtypes to try. A GPU with units for bfloat16 tries no other: float32 weights may not even fit."""
+    """Returns the dtypes to try. A GPU with bfloat16 units tries no other: float32 weights may not fit."""
     if device.type == "cuda":
         return ["bfloat16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["float32"]
     return ["float32", "bfloat16"] if _bf16_pays(device) else ["float32"]
@@ -91,7 +91,7 @@ class _Sum(Objective):
 
 
 def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
-    """Returns the least seconds of a training step.
+    """Returns the shortest time of a training step in seconds.
 
     The step has 8 rows of 32 tokens, or 8 images, and 10 virtual tokens at layer 0.
     """
@@ -111,7 +111,7 @@ def step_seconds(backbone: Backbone, repeats: int = 3) -> float:
 
 
 def least_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Times calls after a first one, and returns the least: a busy machine makes single times too long."""
+    """Returns the shortest time in seconds of `repeats` calls after a first one. Other processes may slow some calls."""
     work()
     times = []
     for _ in range(repeats):
@@ -122,7 +122,7 @@ def least_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def _bf16_pays(device: torch.device) -> bool:
-    """Tells whether a small bfloat16 matrix product is no slower than float32's. It saves trying a backbone."""
+    """Tells whether a small matrix product is faster in bfloat16 than in float32. If not, no backbone is tried in it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}

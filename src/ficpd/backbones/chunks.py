@@ -15,11 +15,11 @@ Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 UNBATCHED = 1
-"""A chunk size that gives every row its own forward pass: its result is then independent of all other records."""
+"""A chunk size with one row in each forward pass, so that its result is independent of all other records."""
 
 
 class Shape(NamedTuple):
-    """The shape that rows of one forward pass share: padded length, whether none is padded, sequences per row."""
+    """The shape of the rows in a forward pass: padded length, whether no row is padded, sequences per row."""
 
     padded: int
     full: bool
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(items: Sequence[EncodedInput]) -> Shape:
-    """Returns the shape of one row's sequences, which depends on no other row."""
+    """Returns the shape of one row's sequences. It does not depend on other rows."""
     lengths = [item.length for item in items]
     padded = padded_length(max(lengths))
     return Shape(padded, min(lengths) == padded, len(lengths))
@@ -40,7 +40,7 @@ def shape_of(items: Sequence[EncodedInput]) -> Shape:
 def bucket_by_shape(
     items: Sequence[Item], shape: Callable[[Item], Shape], tokens: int, overhead: int = 0
 ) -> Iterator[list[Item]]:
-    """Splits items into chunks of one shape and at most `tokens` positions (one item at least).
+    """Splits items into chunks of one shape, with at most `tokens` positions or one item.
 
     Chunks of a shape differ by one item at most, so none is a small rest.
     """
@@ -61,7 +61,7 @@ def filled(chunk: list[Item], of: Shape, least: int, overhead: int = 0) -> list[
 
 
 class BoundedCache(Generic[Key, Value]):
-    """Keeps the values that were used last, up to a number of bytes. Threads may share it."""
+    """Keeps the most recently used values, up to a number of bytes. Threads may share it."""
 
     def __init__(self, limit_bytes: int):
         self.limit, self.size, self.lock = limit_bytes, 0, threading.Lock()
@@ -100,7 +100,7 @@ class HiddenStateCache(BoundedCache[tuple[EncodedInput, int], Tensor]):
         self.chunk_tokens, self.least_tokens = chunk_tokens, least_tokens
 
     def fetch(self, items: Sequence[EncodedInput], layer: int, backbone: Backbone) -> list[Tensor]:
-        """Returns [T, D] of each item; computes the missing ones. Embeddings of texts are never kept."""
+        """Returns the states [T, D] of each item, and computes missing ones. Embeddings of texts are not kept."""
         if layer == 0 and backbone.modality == "text":
             return list(backbone.encode_prefix(items, 0))
         found = {item: state for (item, _), state in self.find((item, layer) for item in items).items()}

@@ -1,7 +1,7 @@
-"""Tries a backbone of a module outside the package on two short rows, when it is loaded.
+"""Checks a backbone from a module outside the package on two short rows, when it is loaded.
 
-Guarantees: a shape or a type that the query engine does not expect, a row that changes with other rows, and a gradient for
-another row's prompt are errors (`tests/test_own_mistakes.py`).
+Guarantees: an unexpected shape or type, a row that depends on other rows, and a gradient for another row's prompt are
+errors (`tests/test_own_mistakes.py`).
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from ficpd.interfaces import Backbone
 from ficpd.types import LENGTH_STEP, EncodedInput, ModelOutput
 
 TOKENS = 4
-"""Virtual tokens of the trial."""
+"""The number of virtual tokens of the trial."""
 TOLERANCE = 5e-2
-"""The largest relative difference between a row alone and among others; bfloat16 kernels differ so much."""
+"""The largest relative difference between a row alone and among others, for bfloat16 kernels."""
 FIELDS = ("name", "fingerprint", "width", "depth", "max_tokens", "device")
 
 
 def check_contract(backbone: Backbone, kind: str) -> None:
-    """Raises `BackboneError`, naming the function, where a promise of `Backbone` is broken."""
+    """Raises `BackboneError`, naming the function, if the backbone breaks the contract of `Backbone`."""
     trial = _Trial(backbone, kind)
     for name in FIELDS:
         trial.require(hasattr(backbone, name), f"it has no `{name}`", ", ".join(FIELDS))
@@ -42,7 +42,7 @@ class _Trial:
             raise BackboneError(f"backbone.kind = {self.kind!r}: {found}; expected {expected}")
 
     def items(self) -> list[EncodedInput]:
-        """Encodes two public inputs, texts of different lengths or images."""
+        """Encodes two synthetic inputs: texts of different lengths, or images."""
         backbone = self.backbone
         long, short = backbone.synthetic_inputs(2, 0)
         if backbone.modality == "image":
@@ -50,7 +50,7 @@ class _Trial:
         endless = self._encoded("word " * 2 * backbone.max_tokens)
         room = backbone.max_tokens - TOKENS
         self.require(endless.length <= room, f"tokenize gives {endless.length} tokens", f"max_tokens - room = {room}")
-        padded = " ".join([long] * (LENGTH_STEP + 1))  # so that the short row is padded further among others than alone
+        padded = " ".join([long] * (LENGTH_STEP + 1))  # gives the short row more padding than it has alone
         return [self._encoded(padded), self._encoded(short.split()[0])]
 
     def _encoded(self, text: str, answer: str | None = None) -> EncodedInput:
@@ -59,7 +59,7 @@ class _Trial:
         return item
 
     def check_readout(self, item: EncodedInput) -> None:
-        """Tries the readout of two answers; without one, answers are scored by their likelihood."""
+        """Checks the readout of two answers, or without a readout the scored tokens of an answer."""
         backbone = self.backbone
         if not backbone.has_text_encoder:
             return
@@ -71,7 +71,7 @@ class _Trial:
             self.require(scored > 0, "readout gives None, and tokenize an answer with scored = 0", "scored tokens")
 
     def check_layer(self, items: list[EncodedInput], layer: int) -> None:
-        """Compares two rows together with each alone, and the gradient of each with zero for the other's prompt."""
+        """Compares two rows with each row alone, and checks that a row has no gradient for the other's prompt."""
         backbone = self.backbone
         prompt_PD = backbone.init_prompt(None, TOKENS, layer, 0)
         self._require_shape("init_prompt", prompt_PD, (TOKENS, backbone.width))

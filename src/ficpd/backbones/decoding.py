@@ -1,4 +1,4 @@
-"""Writes one token after another with any decoder that gives logits: picks the next token and ends texts."""
+"""Writes token by token with any decoder that gives logits: picks the next token and ends texts."""
 
 import math
 from collections import Counter
@@ -12,15 +12,15 @@ from ficpd.backbones.devices import copy_to
 from ficpd.errors import BackboneError
 
 TOP_P = 0.95
-"""Tokens are drawn from the smallest set that holds so much of the probability (Holtzman et al., ICLR 2020, arXiv
-1904.09751): the long tail of unlikely tokens would derail a text sooner or later."""
+"""The probability of the smallest set that tokens are drawn from (Holtzman et al., ICLR 2020, arXiv 1904.09751). The
+many unlikely tokens would spoil a text."""
 
 Step = Callable[[Tensor | None], Tensor]
-"""Takes the S tokens chosen last (None at first), gives the logits [S, V] of the next."""
+"""Maps the S last tokens (None at first) to the logits [S, V] of the next ones."""
 Pick = Callable[[Tensor], Tensor]
-"""Takes logits [S, V], gives the chosen tokens [S] on their device."""
+"""Maps logits [S, V] to the chosen tokens [S], on their device."""
 TOKENS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 16, "mps": 16}
-"""Tokens between two checks whether all texts have ended. A check waits for all work of a GPU."""
+"""The number of tokens between two checks for the end of all texts. A check waits for the GPU."""
 
 
 def greedy(logits_SV: Tensor) -> Tensor:
@@ -28,8 +28,9 @@ def greedy(logits_SV: Tensor) -> Tensor:
 
 
 def row_generators(texts: Sequence[str], seed: int) -> list[torch.Generator]:
-    """Makes one generator per text, from the seed, the text and the count of equal texts before it. A row's draws do not
-    depend on other texts, and equal texts differ."""
+    """Makes one generator per text, from the seed, the text and the number of equal texts before it.
+
+    A row's draws do not depend on other texts, and equal texts have different draws."""
     before, found = Counter(), []
     for text in texts:
         found.append(rng.make_generator(seed, "writing", text, before[text]))
@@ -38,7 +39,7 @@ def row_generators(texts: Sequence[str], seed: int) -> list[torch.Generator]:
 
 
 def sampler(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
-    """Returns the likeliest token (temperature 0), or one drawn from each row's own stream.
+    """Returns a `Pick` of the likeliest token (temperature 0), or of one drawn from each row's stream.
 
     Raises `BackboneError` for a temperature below 0.
     """
@@ -57,7 +58,7 @@ def sampler(drawn_from: Sequence[torch.Generator], temperature: float) -> Pick:
 def nucleus_sample(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """Samples a token of each row, [S], from the likeliest `TOP_P` of its probability.
 
-    uniform_S: places from 0 to 1 in that share, the likeliest token first.
+    uniform_S: positions from 0 to 1 in that set, with the likeliest token first.
     """
     sorted_SV, ids_SV = logits_SV.float().softmax(-1).sort(dim=-1, descending=True)
     below_SV = sorted_SV.cumsum(-1) - sorted_SV
@@ -69,7 +70,7 @@ def nucleus_sample(logits_SV: Tensor, uniform_S: Tensor) -> Tensor:
 
 
 def decode(step: Step, pick: Pick, rows: int, ends: Tensor, max_tokens: int) -> list[list[int]]:
-    """Returns the tokens written in each row: at most `max_tokens`, and none from the first of the `ends` on.
+    """Returns the tokens of each row: at most `max_tokens`, up to the first of `ends` (not included).
 
     Raises `BackboneError` if `max_tokens` is below 0.
     """

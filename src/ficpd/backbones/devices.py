@@ -10,7 +10,7 @@ KINDS = ("cpu", "cuda", "mps")
 
 
 def find_device(name: str) -> torch.device:
-    """Returns a device of this machine. Raises `ConfigError` for another word, `BackboneError` where it is not there."""
+    """Returns a device. Raises `ConfigError` for an unknown name, and `BackboneError` for an unavailable device."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -22,7 +22,7 @@ def find_device(name: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the free memory of a device in bytes, with torch's reserved and unused memory."""
+    """Returns the free memory of a device in bytes, including torch's reserved but unused memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -39,6 +39,6 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def copy_to(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Copies a tensor to a device; to a GPU from pinned memory, without waiting."""
+    """Copies a tensor to a device. The copy to a GPU is from pinned memory and does not block."""
     to_gpu = device.type == "cuda" and tensor.device.type == "cpu"
     return (tensor.pin_memory() if to_gpu else tensor).to(device, dtype or tensor.dtype, non_blocking=to_gpu)

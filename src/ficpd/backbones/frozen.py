@@ -1,13 +1,13 @@
 """Runs a frozen transformers text model by its own forward, with vectors that enter at any layer.
 
-At layer 0 the vectors are `inputs_embeds`; further up they join the states of a block (`guards`). Rows are padded on the
-right.
+At layer 0 the vectors are `inputs_embeds`; at higher layers they join the states of a block (`guards`). Rows are padded on
+the right.
 
-Guarantees (checked on each model as it is loaded; tests/backbones/test_frozen.py):
+Guarantees (checked when a model is loaded; tests/backbones/test_frozen.py):
 - embeddings give the states that token ids give;
 - a row's states do not depend on longer rows of its batch;
 - a row's gradient is zero for all other rows;
-- states that are captured at a block and put back give the model's own states; else the middle is closed.
+- states that are captured at a block and put back give the model's own states; else prompts enter only at layer 0.
 """
 
 from collections.abc import Sequence
@@ -32,19 +32,19 @@ from ficpd.errors import BackboneError
 from ficpd.types import HiddenStates
 
 LONG, SHORT = 9, 5
-"""Tokens of the two rows of the check."""
+"""The numbers of tokens in the two rows of the check."""
 
 
 class FrozenModel(Guarded):
-    """A frozen text model. `model` has a language head or none; `causal`: no position sees a later one.
+    """A frozen text model, with or without a language head. `causal`: no position sees a later one.
 
-    width: numbers of a token embedding.
-    most: positions that a row is padded to at most.
-    sample_TD: last states of a short text, for comparisons.
+    width: the width of a token embedding.
+    most: the maximum number of positions of a padded row.
+    sample_TD: the last states of a short text, for comparisons.
     """
 
     def __init__(self, model: Any, name: str, causal: bool, identity: str | None = None):
-        """identity: names the weights, so that slow checks are done once; None: always."""
+        """Checks the model. identity: names the weights, so that slow checks run once; None: they always run."""
         super().__init__(model, name)
         self.identity, self.most = identity, LONG
         self.causal, self.table = causal, model.get_input_embeddings()
@@ -65,7 +65,7 @@ class FrozenModel(Guarded):
 
     @torch.no_grad()
     def encode(self, rows: Sequence[Tensor], layer: int) -> list[Tensor]:
-        """Returns the input of a block for embedded rows [T, E], unpadded: [T, D] each."""
+        """Returns the input of a block, [T, D] without padding, for each row of embeddings [T, E]."""
         self.check(layer)
         if layer == 0:
             return list(rows)
@@ -74,18 +74,18 @@ class FrozenModel(Guarded):
         return [states_TD[: len(row)].clone() for states_TD, row in zip(states_STD, rows, strict=True)]
 
     def run(self, prompts_SPD: Tensor, hidden: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
-        """Returns the last states [S, P+T, D] of prompts and hidden states, and the mask [S, T] of the latter."""
+        """Returns the last states [S, P+T, D] of prompts and hidden states, and the hidden states' mask [S, T]."""
         self.check(layer)
         text = HiddenStates.of(hidden, most=self.most - prompts_SPD.shape[1])
         states, mask = text.joined(prompts_SPD.to(self.device))
         return self.upper(layer, states, self._mask(mask, _is_full(text, hidden))), text.mask_ST
 
     def lower(self, layer: int, states_STE: Tensor, given: dict[str, Any]) -> Tensor:
-        """Embeddings to the input of a block."""
+        """Returns the input of a block for embeddings [S, T, E]."""
         return self.until(layer, lambda: self._run_body(states_STE, given)) if layer else states_STE
 
     def upper(self, layer: int, states_STD: Tensor, given: dict[str, Any]) -> Tensor:
-        """Returns the input of a block to the body's last states."""
+        """Returns the body's last states for the input [S, T, D] of a block."""
         if layer == 0:
             return self._run_body(states_STD, given).last_hidden_state.to(self.device)
         instead = states_STD.new_zeros(*states_STD.shape[:2], self.width)
@@ -106,7 +106,7 @@ class FrozenModel(Guarded):
         raise BackboneError(f"{self.name} never came to its output embedding")
 
     def last_norm(self, states_ND: Tensor) -> nn.LayerNorm | None:
-        """Returns the layer norm whose output is the input of the output embedding, if one is."""
+        """Returns the layer norm whose output is the input of the output embedding, if there is one."""
         with torch.no_grad():
             expected = self.head_input(states_ND)
         _, calls = watch(self.model, lambda: self._run_head(states_ND))
@@ -114,7 +114,7 @@ class FrozenModel(Guarded):
         return next((part for part, output in norms[::-1] if torch.equal(output, expected)), None)
 
     def _run_head(self, states_ND: Tensor, stops: bool = False) -> Any:
-        """Runs the model with these states in the place of its body's output."""
+        """Runs the model with these states instead of its body's output. `stops`: raises `ReachedError` at the head."""
         head_N1D, kind = states_ND[:, None], self._kind
 
         def answer(place: int, own: Any, args: Any, kwargs: Any) -> Any:
@@ -129,7 +129,7 @@ class FrozenModel(Guarded):
         return self.body(inputs_embeds=states_STE, **{**self._options(self.body), **given})
 
     def _mask(self, mask_ST: Tensor, full: bool = False) -> dict[str, Any]:
-        """Returns a mask if one is needed: not for causal models or `full` rows, because fused kernels take none."""
+        """Returns a mask, except for causal models and `full` rows: some fused kernels accept no mask."""
         return {} if self.causal or full else {"attention_mask": mask_ST.long()}
 
     def _options(self, module: Any) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class FrozenModel(Guarded):
     # ------------------------------------------------------------ checks
 
     def sample_ids(self) -> list[Tensor]:
-        """Returns two short rows of token ids, always the same."""
+        """Returns two fixed short rows of token ids."""
         padding = getattr(self.model.config, "pad_token_id", None)
         ids = [i for i in range(5, min(len(self.table.weight), 500)) if i != padding] or [0]
         drawn = torch.randint(len(ids), (2, LONG), generator=torch.Generator().manual_seed(0)).tolist()
@@ -160,7 +160,7 @@ class FrozenModel(Guarded):
         self.depth = 1 if self.closed else self.depth
 
     def _check_all(self, rows: Sequence[Tensor]) -> str:
-        """Raises `BackboneError` where a guarantee fails; returns why the middle is closed, "" where it is open."""
+        """Raises `BackboneError` if a guarantee fails. Returns why the middle layers are closed ("": they are open)."""
         with torch.no_grad():
             other_TD = (
                 self.body(input_ids=rows[1][None], **self._options(self.body)).last_hidden_state[0].to(self.device)
@@ -170,7 +170,7 @@ class FrozenModel(Guarded):
 
     @torch.enable_grad()
     def _compare_rows(self, embedded: Sequence[Tensor], alone: Sequence[Tensor]) -> None:
-        """Compares a padded batch of embeddings with each row's ids alone, and its gradients with zero."""
+        """Compares a padded batch of embeddings with each row's ids alone, and checks its gradients."""
         text = HiddenStates.of(embedded, most=LONG)
         leaf = text.states_STD.detach().requires_grad_(True)
         states_STD = self._run_body(leaf, self._mask(text.mask_ST)).last_hidden_state.to(self.device)
@@ -193,5 +193,5 @@ class FrozenModel(Guarded):
 
 
 def _is_full(text: HiddenStates, rows: Sequence[Tensor]) -> bool:
-    """Tells whether no row is padded; known without reading the mask, which may be on a GPU."""
+    """Tells whether no row is padded, without reading the mask, which may be on a GPU."""
     return all(len(row) == text.states_STD.shape[1] for row in rows)

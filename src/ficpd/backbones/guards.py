@@ -1,7 +1,7 @@
 """Enters a frozen model's own forward at any block: stops it there, or gives the block other states.
 
-The blocks below return their input; the model's own code does the rest, so no family needs code. What a guard does holds
-for one thread.
+The blocks below return their input. The model's code does the rest, so no family needs special code. The action of a guard
+applies to one thread.
 """
 
 import functools
@@ -25,17 +25,17 @@ from ficpd.errors import BackboneError
 from ficpd.types import JSON
 
 TOLERANCES = {torch.float32: 1e-4}
-"""Largest difference, as a share of the largest number. Half precision rounds more."""
+"""The largest difference by dtype, relative to the largest number. Half precision rounds more."""
 HALF_TOLERANCE = 5e-2
 FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError)
-"""Errors of a model that is run in a way that it does not support."""
+"""Errors of a model that is run in an unsupported manner."""
 
 SLOW = 1.0
-"""Seconds of processor time of a check whose result is kept."""
+"""The processor seconds above which the result of a check is cached."""
 BODY, HEAD = -1, -2
-"""Places of the body and of the output embedding; a block's is its number."""
+"""The places of the body and of the output embedding. A block's place is its number."""
 Action = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Takes a place, and the forward and arguments of its module; gives its output."""
+"""Maps a place, and the forward and arguments of its module, to the output."""
 
 
 class ReachedError(Exception):
@@ -46,14 +46,14 @@ class ReachedError(Exception):
 
 
 class _Shared:
-    """The values that all guards of a model read. It holds no module, so an unused model is freed at once."""
+    """The values that all guards of a model read. It references no module, so an unused model is freed at once."""
 
     def __init__(self):
         self.local, self.checkpointed = threading.local(), False
 
 
 class _Guard:
-    """A module's place, the action of each thread, and its own forward, if it has one. A copy of a model has none."""
+    """A module's place, the shared values, and the instance's `forward`, if set. A copy of a model has no guards."""
 
     def __init__(self, place: int, shared: _Shared, outer: Callable[..., Any] | None):
         self.place, self.shared, self.outer = place, shared, outer
@@ -65,8 +65,8 @@ class _Guard:
 class Guarded(ABC):
     """A frozen body with blocks.
 
-    body: the module that gives `last_hidden_state`.
-    depth: layers that vectors can enter; 1 where only the input is open, and `closed` then says why.
+    body: the module that returns `last_hidden_state`.
+    depth: the number of layers that vectors can enter; 1: only the input, for the reason `closed`.
     """
 
     body: Any
@@ -81,7 +81,7 @@ class Guarded(ABC):
     # ------------------------------------------------------------ forward passes
 
     def until(self, layer: int, call: Callable[[], Any]) -> Tensor:
-        """Returns the input of a block in a forward, which ends there."""
+        """Returns the input of a block in a forward, and ends the forward there."""
 
         def stop(place: int, own: Any, args: Any, kwargs: Any) -> Any:
             if place == layer:
@@ -92,11 +92,11 @@ class Guarded(ABC):
             with self.acting(stop):
                 call()
         except ReachedError as reached:
-            return reached.states.to(self.device)  # of a model on several devices
+            return reached.states.to(self.device)  # the model may be on several devices
         raise BackboneError(f"{self.name} never came to its layer {layer}")
 
     def entering(self, layer: int, states_STD: Tensor, call: Callable[[], Any], cache: Any = None) -> Any:
-        """Returns the body's output in a forward whose block `layer` is given these states."""
+        """Returns the body's output in a forward whose block `layer` gets these states as input."""
 
         def enter(place: int, own: Any, args: Any, kwargs: Any) -> Any:
             if place < 0 or place > layer:
@@ -109,7 +109,7 @@ class Guarded(ABC):
             return call()
 
     def _passed(self, place: int, states: Tensor, cache: Any) -> Any:
-        """Returns the output of a block that is left out. Its cache becomes as long as the others'."""
+        """Returns the output of a skipped block. Its cache becomes as long as the others'."""
         if cache is not None:
             empty = states.new_zeros(len(states), 1, states.shape[1], 1)
             cache.update(empty, empty, place)
@@ -117,7 +117,7 @@ class Guarded(ABC):
 
     @contextmanager
     def acting(self, action: Action) -> Iterator[None]:
-        """Makes guarded modules call `action` meanwhile, in this thread alone."""
+        """Makes guarded modules call `action` inside the context, only in this thread."""
         self._shared.local.action = action
         try:
             yield
@@ -125,25 +125,25 @@ class Guarded(ABC):
             self._shared.local.action = None
 
     def guard(self, module: nn.Module, place: int) -> None:
-        """Lets a module ask for the action of its thread. accelerate sets `forward` on the module too."""
+        """Makes a module call the action of its thread. Keeps a `forward` that accelerate set on the instance."""
         outer = module.__dict__.pop("forward", None)
         module.__class__ = _guarded(type(module))
         module._guard = _Guard(place, self._shared, outer)  # type: ignore[assignment]
 
     def set_attention(self, attention: str) -> bool:
-        """Changes the attention of all blocks in place; returns whether the model has it."""
+        """Changes the attention of all blocks in place. Returns whether the model supports it."""
         with suppress(ValueError, ImportError):  # it has none of this name
             self.model.set_attn_implementation(attention)
         return self.model.config._attn_implementation == attention
 
     def checkpoint_blocks(self, on: bool) -> None:
-        """Computes each block again in the backward, from its input alone (Chen et al., 2016, arXiv 1604.06174)."""
+        """Computes each block again in the backward from its input, if `on` (Chen et al., 2016, arXiv 1604.06174)."""
         self._shared.checkpointed = on
 
     # ------------------------------------------------------------ checks
 
     def check(self, layer: int) -> None:
-        """Raises `BackboneError` for a layer that vectors cannot enter; compares a middle layer on its first use."""
+        """Raises `BackboneError` for a layer that vectors cannot enter. Checks a middle layer on its first use."""
         if not 0 <= layer < self.depth:
             raise BackboneError(
                 f"a prompt cannot enter {self.name} at layer {layer}: expected 0 to {self.depth - 1}.{self.closed}"
@@ -155,7 +155,7 @@ class Guarded(ABC):
 
     @abstractmethod
     def differs(self, layer: int) -> str:
-        """Returns why states taken out at a layer and put back change the output; "" if they do not."""
+        """Returns why states that are taken at a layer and put back change the output; "" if they do not."""
 
     def guard_blocks(self, blocks: Sequence[nn.Module], first: Any) -> None:
         """Guards the blocks. first: the output of the first block in a forward."""
@@ -165,16 +165,16 @@ class Guarded(ABC):
         self.depth, self.num_blocks = max(1, len(blocks)), len(blocks)
 
     def why_closed(self) -> str:
-        """Compares the lowest and the highest middle layer; "" where both give the model's own states."""
+        """Returns why prompts cannot enter the lowest or the highest middle layer; "" if they can."""
         if self.depth == 1:
             return " It has no list of layers that are each called once, in order, on states of one shape."
         reasons = [self.differs(layer) for layer in sorted({1, self.depth - 1})]
         return next((f" It{reason}" for reason in reasons if reason), "")
 
     def remembered(self, what: str, identity: str | None, find: Callable[[], JSON]) -> Any:
-        """Returns the result of a check. One of more than `SLOW` seconds is kept in the cache folder.
+        """Returns the result of a check, from the cache folder if it took more than `SLOW` seconds.
 
-        identity: names the weights; None: nothing is kept.
+        identity: names the weights; None: no cache.
         """
         config = self.model.config.to_json_string(use_diff=False)
         key = [identity, what, config, str(self.dtype), str(self.device), transformers.__version__, torch.__version__]
@@ -185,12 +185,12 @@ class Guarded(ABC):
         began = time.process_time()
         found = find()
         if identity is not None and time.process_time() - began > SLOW:
-            with suppress(OSError):  # a cache that cannot be written to costs time, nothing else
+            with suppress(OSError):  # without the cache, this only takes longer
                 storage.atomic_write(storage.cache_dir() / "checked" / f"{name}.json", json.dumps(found))
         return found
 
     def why_not(self, layer: int, compare: Callable[[], float]) -> str:
-        """Runs a comparison; the reason where it fails or differs too much."""
+        """Runs a comparison. Returns the reason if it fails or differs too much, else ""."""
         try:
             differs = compare()
         except FAILURES as error:
@@ -207,7 +207,7 @@ class Guarded(ABC):
             )
 
     def require_own_gradient(self, value: Tensor, leaf: Tensor, row: int) -> None:
-        """Raises `BackboneError` where a row's value has no gradient for its leaf, or one for another row's."""
+        """Raises `BackboneError` if a row's value has no gradient for its own leaf, or one for another row's."""
         (grad,) = torch.autograd.grad(value, leaf, retain_graph=True)
         if not grad[row].any() or not grad.isfinite().all():
             raise BackboneError(f"backbone.name = {self.name!r}: it gives no gradients. Use another model.")
@@ -238,7 +238,9 @@ def watch(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, list[tuple[nn
 def find_blocks(
     body: nn.Module, calls: Sequence[tuple[nn.Module, Any, Any]], width: int
 ) -> tuple[list[nn.Module], Any]:
-    """Returns the longest list of modules called once, in order, on states [S, T, width], and the first one's output."""
+    """Returns the longest list of modules called once each, in order, on states [S, T, width].
+
+    Also returns the output of the first one."""
     found: list[nn.Module] = []
     for part in body.modules():
         if isinstance(part, nn.ModuleList) and len(part) > len(found):
@@ -251,7 +253,7 @@ def find_blocks(
 
 
 def difference(given: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference, as a share of the largest expected number."""
+    """Returns the largest difference relative to the largest expected number."""
     return float(
         (given.detach().float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-12)
     )
@@ -259,13 +261,13 @@ def difference(given: Tensor, expected: Tensor) -> float:
 
 @functools.cache
 def parameters(kind: type) -> frozenset[str]:
-    """Names of a module type's forward."""
+    """Returns the names of the parameters of a module type's forward."""
     return frozenset(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _guarded(kind: Any) -> type:
-    """Returns a subclass whose forward asks for an action. A copied module has no guard and is as before."""
+    """Returns a subclass whose forward calls the action. A copied module has no guard, and runs normally."""
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

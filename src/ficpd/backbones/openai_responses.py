@@ -30,11 +30,11 @@ class Completion(BaseModel):
 
 
 Tokens = tuple[list[int], list[float]]
-"""The place of each token and its log-likelihood, which is 0 for the first."""
+"""The offset of each token in the text, and its log-likelihood (0 for the first)."""
 
 
 def choices(said: Any, number: int) -> list[Choice]:
-    """Returns the choices in order. Raises `ValueError` with the expected form if there are not `number` of them."""
+    """Returns the choices in order. Raises `ValueError`, with the expected form, unless there are `number` of them."""
     try:
         found = Completion.model_validate(said).choices
     except ValidationError as error:
@@ -70,9 +70,9 @@ def tokens_of(choice: Choice, sent: str) -> Tokens:
 
 
 def span_logprob(tokens: Tokens, first: int, last: int) -> float:
-    """Returns the mean log-likelihood of the tokens of letters [first, last) of a text.
+    """Returns the mean log-likelihood of the tokens of the characters [first, last) of a text.
 
-    The first token is that of letter `first`. A reply gives no ends of tokens, so a blank behind one may belong to none.
+    It begins with the token of character `first`. A response has only the offsets of tokens, not their ends.
 
     >>> span_logprob(([0, 3, 8, 12], [0.0, -1.0, -2.0, -9.0]), 4, 12)
     -1.5
@@ -84,7 +84,7 @@ def span_logprob(tokens: Tokens, first: int, last: int) -> float:
 
 
 def first_mentioned(text: str, answers: Sequence[str]) -> str | None:
-    """The answer whose words stand first in a text, of those that begin there the longest; None if none does.
+    """Returns the answer that a text mentions first, the longest if several begin there; None without one.
 
     >>> first_mentioned("It is not good, I think", ["good", "not good", "bad"])
     'not good'
@@ -98,7 +98,7 @@ def first_mentioned(text: str, answers: Sequence[str]) -> str | None:
 
 
 def same_question_groups(befores: Sequence[str], answers: Sequence[str]) -> Iterator[list[int]]:
-    """Places that ask about the answers of one and the same record: neighbours, until an answer comes again.
+    """Yields the indices of each question's answers: neighbours with equal texts and different answers.
 
     >>> list(same_question_groups(["a", "a", "a", "a"], ["yes", "no", "yes", "no"]))
     [[0, 1], [2, 3]]

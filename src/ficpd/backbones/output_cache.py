@@ -1,4 +1,4 @@
-"""Keeps outputs of rows: evaluations ask again about prompts and records that were answered."""
+"""Caches the outputs of rows, because evaluations repeat queries of the same prompts and records."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -10,18 +10,18 @@ from ficpd.backbones.chunks import BoundedCache
 from ficpd.types import ModelOutput, Query
 
 OUTPUT_BYTES = 64 << 20
-"""Bytes of kept outputs: those of 40,000 rows on MiniLM."""
+"""The maximum bytes of kept outputs."""
 Place = tuple[int, int, int]
-"""The query, candidate and record of a row."""
+"""The indices of a row's query, candidate and record."""
 
 
 class OutputCache(BoundedCache[tuple, ModelOutput]):
-    """Outputs by prompt, layer and record. A row's output depends on nothing else, so a kept one has the same bits."""
+    """Caches outputs by prompt, layer and record. Outputs depend on nothing else, so a kept one has the same bits."""
 
     def keys(self, queries: Sequence[Query], rows: Sequence[Place]) -> list[tuple]:
         """Returns the keys of rows of queries of one kind; [] if their outputs are not kept.
 
-        Only queries for outputs alone are kept: gradients and texts are asked for once, and a tuned head takes much memory.
+        Queries with gradients or texts are not kept, because they are not repeated. A tuned head needs too much memory.
         """
         first = queries[0]
         if not (self.limit and first.outputs) or first.grad or first.max_new_tokens or first.batch.task.head_rows:

@@ -33,19 +33,19 @@ from ficpd.registry import FrozenConfig
 from ficpd.types import EncodedInput
 
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError)
-"""Errors of transformers on folders that are broken, need code of their own, or need a package for quantised weights."""
+"""Errors of transformers for folders that are broken, or need their code or a package for quantised weights."""
 
 
 TOKENIZERS = ("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.tiktoken")
-"""Files that hold a vocabulary."""
+"""Files with a vocabulary."""
 
 
 class LoadingConfig(FrozenConfig):
     """Options of all kinds that load weights.
 
-    revision: branch, tag or commit of a hub id.
-    device_map: "auto" spreads the layers over all GPUs; for engine.device = "cuda".
-    quantization: of the linear layers as they are loaded: int8 (torchao), bnb_8bit or bnb_4bit (bitsandbytes).
+    revision: a branch, tag or commit of a hub id.
+    device_map: "auto" spreads the layers over all GPUs. It needs engine.device = "cuda".
+    quantization: quantises the linear layers: int8 (torchao), bnb_8bit or bnb_4bit (bitsandbytes).
     """
 
     revision: str | None = None
@@ -53,12 +53,12 @@ class LoadingConfig(FrozenConfig):
     quantization: Quantization | None = None
 
     def identity(self, weights: Weights) -> str:
-        """Returns a name of the weights as they are loaded, for the fingerprint."""
+        """Returns the identity of weights and quantization, for the fingerprint."""
         return weights.identity + (f":{self.quantization}" if self.quantization else "")
 
 
 class Loader(NamedTuple):
-    """Sets how weights are loaded. `what`: the kind of model in errors. `level`: of transformers' notes."""
+    """Loads a folder's model and tokenizer. `what`: the kind of model, for errors. `level`: transformers' log level."""
 
     folder: Path
     name: str
@@ -70,9 +70,9 @@ class Loader(NamedTuple):
     level: int = ERROR
 
     def model(self, auto: Any) -> tuple[Any, set[str]]:
-        """Returns the model, on its device, and the weights that the folder lacks.
+        """Returns the model on its device, and the names of missing weights.
 
-        Code in the folder is never run. Raises `BackboneError` for a folder that cannot be read or holds a LoRA adapter.
+        Never runs code in the folder. Raises `BackboneError` for an unreadable folder, or one with a LoRA adapter.
         """
         chosen, options = self.config.quantization, {}
         require_packages(self.folder, self.name, chosen)
@@ -84,7 +84,7 @@ class Loader(NamedTuple):
                 "Leave the option out, or set engine.device."
             )
         placed = bool(self.config.device_map or chosen or quantized_as(self.folder))
-        if placed:  # by transformers, for what is quantised or spread cannot be moved
+        if placed:  # by transformers: a quantised or spread model cannot be moved
             options["device_map"] = self.config.device_map or {"": self.device}
         options |= {"dtype": self.dtype, "attn_implementation": self.attention, "output_loading_info": True}
         model, told = self.read(auto, **options)
@@ -97,7 +97,7 @@ class Loader(NamedTuple):
         return (model if placed else model.to(self.device)), set(told["missing_keys"])
 
     def model_and_tokenizer(self, auto: Any) -> tuple[Any, Any, set[str]]:
-        """Returns the model, its tokenizer and the weights that the folder lacks."""
+        """Returns the model, its tokenizer and the names of missing weights."""
         tokenizer = self.tokenizer()
         model, missing = self.model(auto)
         rows = len(model.get_input_embeddings().weight)
@@ -109,9 +109,9 @@ class Loader(NamedTuple):
         return model, tokenizer, missing
 
     def tokenizer(self) -> Any:
-        """Raises `BackboneError` for a folder without its files, for which transformers makes a tokenizer of no words."""
+        """Returns the tokenizer. Raises `BackboneError` without its files: transformers would return an empty one."""
         tokenizer = self.read(AutoTokenizer, "its tokenizer")
-        names = {*tokenizer.vocab_files_names.values()}  # none for tokenizers of bytes
+        names = {*tokenizer.vocab_files_names.values()}  # empty for byte tokenizers
         if names and not any(any(self.folder.glob(name)) for name in {*names, *TOKENIZERS}):
             raise BackboneError(
                 f"backbone.name = {self.name!r}: {self.folder} lacks its tokenizer; expected {' or '.join(sorted(names))}. "
@@ -120,7 +120,7 @@ class Loader(NamedTuple):
         return tokenizer
 
     def read(self, auto: Any, part: str = "", **options: Any) -> Any:
-        """Calls `from_pretrained` of an auto class on the folder, silently and without changing the random state."""
+        """Calls an auto class's `from_pretrained` on the folder, without messages and changes of the random state."""
         what = f"{self.what} ({part})" if part else self.what
         if (self.folder / "adapter_config.json").exists():
             raise BackboneError(
@@ -128,7 +128,7 @@ class Loader(NamedTuple):
                 "alone. Merge it with PEFT's `merge_and_unload` and save the model, or remove the adapter's files."
             )
         try:
-            with quietly(self.level), torch.random.fork_rng(devices=[]):  # lacking parts are drawn, never used
+            with quietly(self.level), torch.random.fork_rng(devices=[]):  # missing weights are drawn, but not used
                 return auto.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False, **options)
         except UNREADABLE as error:
             raise BackboneError(
@@ -138,7 +138,7 @@ class Loader(NamedTuple):
 
 
 def require_weights(missing: set[str], name: str, what: str) -> None:
-    """Raises `BackboneError` for a folder that lacks weights, which would be random numbers."""
+    """Raises `BackboneError` if weights are missing: they would be random numbers."""
     if missing:
         raise BackboneError(
             f"backbone.name = {name!r}: it lacks {len(missing)} weights of {what}, among them {min(missing)}; use weights "
@@ -148,7 +148,7 @@ def require_weights(missing: set[str], name: str, what: str) -> None:
 
 @contextmanager
 def quietly(level: int = ERROR) -> Iterator[None]:
-    """Hides transformers' progress bars and its notes below a level, such as those on the unused pooling head."""
+    """Hides transformers' progress bars, and its messages below a level, such as those on an unused pooling head."""
     shown, before = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(level)
@@ -161,15 +161,16 @@ def quietly(level: int = ERROR) -> Iterator[None]:
 
 
 class TextModel(Tokenised):
-    """A frozen model with a tokenizer. At layer 0 the prompt joins the token embeddings (ordinary prompt tuning, as in
-    PEFT); at layer n it joins the input of the n-th block. A subclass defines the reading and the name of its `kind`."""
+    """A frozen model with a tokenizer. A subclass defines its `kind`, the encoding of records and the forward.
+
+    At layer 0 the prompt joins the token embeddings (prompt tuning, as in PEFT); at layer n, the input of block n."""
 
     supports_gradients = True
     kind: str
     causal = False
 
     def __init__(self, max_tokens: int, model: Any, tokenizer: Any, identity: str, name: str):
-        """identity: names the weights and their folder's other files (`LoadingConfig.identity`)."""
+        """Checks and wraps the model. identity: names weights and other files (`LoadingConfig.identity`)."""
         self.fingerprint = f"{self.kind}:{identity}"
         self.frozen = FrozenModel(self.layered(model), name, self.causal, self.fingerprint)
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
@@ -182,7 +183,7 @@ class TextModel(Tokenised):
         self.vocabulary = self.words = TokenizerVocabulary(tokenizer, self.frozen.embed, len(self.frozen.table.weight))
 
     def layered(self, model: Any) -> Any:
-        """Returns the part of the model that has the layers which a prompt can enter."""
+        """Returns the part of the model with the layers that a prompt can enter."""
         return model
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
@@ -199,7 +200,7 @@ class TextModel(Tokenised):
         return self.frozen.encode(self._word_vectors(items), layer)
 
     def _word_vectors(self, items: Sequence[EncodedInput]) -> Sequence[Tensor]:
-        """Returns the embeddings [T, D] of each item, for a prompt at layer 0, gathered in one call."""
+        """Returns the embeddings [T, D] of each item, computed in one call."""
         ids = torch.cat([item.content[: item.length] for item in items])
         return self.frozen.embed(ids).split([item.length for item in items])
 
@@ -221,15 +222,16 @@ def _projections(model: Any, ids_T: Tensor) -> dict[str, nn.Module]:
 
 
 def context(model: Any) -> int:
-    """Returns the longest row that a model reads. Positions that depend on the longest row of a batch bound it too.
+    """Returns the longest row, in positions, that a model reads.
 
-    The rotary scalings `longrope` and `dynamic` change all rows once one is longer than the length of the pretraining.
+    The rotary scalings `longrope` and `dynamic` change all rows if one is longer than the pretraining length, so that
+    length is a limit too.
     """
     config, limits = model.config, [1 << 40]
     places = getattr(config, "max_position_embeddings", None)
     if isinstance(places, int) and places > 0:
         limits.append(places)
-        for part in model.modules():  # RoBERTa's family counts positions from its padding index + 1
+        for part in model.modules():  # RoBERTa's family counts positions from its padding index + 1 on
             if isinstance(part, nn.Embedding) and part.num_embeddings == places and part.padding_idx is not None:
                 limits += [places - part.padding_idx - 1] if part is not model.get_input_embeddings() else []
     for scaling in _scalings(config):
@@ -240,6 +242,6 @@ def context(model: Any) -> int:
 
 
 def _scalings(config: Any) -> list[dict[str, Any]]:
-    """Returns the rotary settings of a configuration, one for all layers or one for each type of layer."""
+    """Returns the rotary settings of a configuration: for all layers, and for each type of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found, *(part for part in found.values() if isinstance(part, dict))]

@@ -1,8 +1,8 @@
-"""Finds query and value projections by their effect, so that no family needs a name here.
+"""Finds query and value projections by their effect, so that no list of model families is needed.
 
-A module mixes positions if its output at the last position depends on a linear layer's output at others. In the innermost
-such modules the outputs of one layer after the other are set to zero. Without its values, an attention has no gradient for
-its queries and keys; without its keys, none for its queries. Keys have an effect on other positions, queries have none.
+A module mixes positions if its output at the last position depends on a linear layer's output at other positions. In the
+innermost such modules, the output of each layer in turn is set to zero. Without values, an attention has no gradient for
+queries and keys; without keys, it has none for queries. Keys affect other positions, queries do not.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a forward."""
+"""The arguments of a forward."""
 
 
 def linear_sizes(module: Any) -> tuple[int, ...]:
-    """Returns the widths in and out of a linear module, of torch or of GPT-2; none of another module."""
+    """Returns the input and output width of a linear module (torch's or GPT-2's); () for another module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return (module.nx, module.nf) if isinstance(module, Conv1D) else ()
 
 
 def find_projections(model: nn.Module, forward: Callable[[], Any]) -> dict[str, nn.Module]:
-    """Returns a model's query and value projections, or the layers that hold both, in its order.
+    """Returns a model's query and value projections, or the layers that combine both, in the model's order.
 
-    forward: runs the model on two rows of equally many tokens, without a cache. Layers that read anything but one state
-    a token of each row are left out: DeBERTa's queries also read relative positions.
+    forward: runs the model on two rows of equal length, without a cache. Leaves out layers whose input is not one state per
+    token: DeBERTa's queries also read relative positions.
     """
     calls, mixing, found = _first_calls(model, forward), list[str](), set[str]()
     parts = dict(model.named_modules())
-    for name in reversed(parts):  # a module's own parts are before it
+    for name in reversed(parts):  # a module's parts come before it
         above = name and f"{name}."
         if name in calls and not any(other.startswith(above) for other in mixing):
             linear = {above + n: part for n, part in parts[name].named_modules() if n and linear_sizes(part)}
@@ -73,10 +73,9 @@ def _projections(module: nn.Module, call: Call, linear: Mapping[str, nn.Module])
 
 @torch.enable_grad()
 def _gradients(module: nn.Module, call: Call, linear: Mapping[str, nn.Module], zero: str = "") -> dict[str, Tensor]:
-    """Returns gradients [S, T, N] of the output at the last position, for the output of each linear layer. Layers that
-    run more than once have none.
+    """Returns the gradients [S, T, N] of the last position's output with respect to each linear layer's output.
 
-    zero: the layer whose output is zero meanwhile.
+    Leaves out layers that run more than once. zero: the layer whose output is set to zero.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in linear}
 
@@ -85,7 +84,7 @@ def _gradients(module: nn.Module, call: Call, linear: Mapping[str, nn.Module], z
             if not torch.is_tensor(output):  # a router's choice
                 return None
             kept[name].append(torch.zeros_like(output).requires_grad_())
-            largest = output.detach().abs().max().clamp_min(1e-6)  # large ones have no gradient in a softmax
+            largest = output.detach().abs().max().clamp_min(1e-6)  # large numbers have no gradient in a softmax
             return kept[name][-1] + (0 if name == zero else output / largest)
 
         return hook

@@ -1,7 +1,7 @@
-"""Quantised weights: as a checkpoint holds them, or made as a model is loaded.
+"""Loads quantised checkpoints, and quantises weights when a model is loaded.
 
-Rows stay independent: LLM.int8() treats the columns that are large in any row of a batch apart (Dettmers et al., NeurIPS
-2022, arXiv 2208.07339), so its threshold is set to 0, and each token is scaled alone.
+Rows stay independent. LLM.int8() handles the columns that are large in any row of a batch separately (Dettmers et al.,
+NeurIPS 2022, arXiv 2208.07339). So its threshold is set to 0, and each token is scaled alone.
 """
 
 import importlib
@@ -21,12 +21,12 @@ PACKAGES = {
     "torchao": ("torchao",), "compressed-tensors": ("compressed_tensors",), "hqq": ("hqq",), "quanto": ("optimum",),
     "aqlm": ("aqlm",), "eetq": ("eetq",), "vptq": ("vptq",), "mxfp4": ("kernels",),
 }  # fmt: skip
-"""Packages that transformers needs for a `quant_method` of a configuration."""
+"""The packages that transformers needs, by `quant_method` of a configuration."""
 METHODS = {"int8": "torchao", "bnb_8bit": "bitsandbytes", "bnb_4bit": "bitsandbytes"}
 
 
 def require_packages(folder: Path, name: str, chosen: str | None = None) -> None:
-    """Raises `BackboneError` where a package for a folder's quantised weights, or for those to be made, is missing."""
+    """Raises `BackboneError` if a package for a folder's quantised weights, or for the `chosen` method, is missing."""
     own = quantized_as(folder)
     if own and chosen:
         raise BackboneError(
@@ -48,14 +48,14 @@ def require_packages(folder: Path, name: str, chosen: str | None = None) -> None
 
 
 def _is_known(method: str) -> bool:
-    """Tells whether transformers reads weights of a method. It reads those of others as plain numbers."""
+    """Tells whether transformers supports a method. It would read the weights of others as plain numbers."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     return method in PACKAGES or method in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def quantized_as(folder: Path) -> str:
-    """Returns the method by which the weights of a folder are quantised; empty where they are not."""
+    """Returns the quantization method of a folder's weights; "" if they are not quantised."""
     config = json_file(folder / "config.json")
     text = config.get("text_config")
     found = (
@@ -83,9 +83,9 @@ def quantization_config(chosen: Quantization, dtype: torch.dtype) -> Any:
 
 
 def prepare_quantized(model: nn.Module) -> None:
-    """Turns off LLM.int8()'s decisions for a whole batch, and bitsandbytes' 4-bit CPU kernel.
+    """Turns off LLM.int8()'s decisions for a whole batch, and the 4-bit CPU kernel of bitsandbytes.
 
-    The kernel has no gradient. Checkpoints may have been saved with both.
+    The kernel has no gradient. Saved checkpoints may turn on both.
     """
     for part in model.modules():
         if getattr(state := getattr(part, "state", None), "threshold", 0):

@@ -29,36 +29,34 @@ from ficpd.types import LORA, Answer, Batch, EncodedInput, ModelOutput, Query
 
 Result = TypeVar("Result")
 THREADS = torch.get_num_threads()
-"""Number of torch threads at import."""
+"""The number of torch threads at import."""
 
 
 def set_single_threaded_forward() -> None:
     """Gives each forward pass on a CPU one thread; `QueryEngine` then runs `THREADS` of them in parallel.
 
-    Chunks are small matrices, which gain little from threads, and do not depend on the number of cores. Call it before
-    the first forward pass: torch keeps the kernels that it chose first.
+    Chunks are small matrices, which gain little from threads. Their size does not depend on the number of cores. Call this
+    before the first forward pass: torch keeps the kernels that it chose first.
     """
     torch.set_num_threads(1)
 
 
 class QueryEngine:
-    """Answers queries on one backbone. `keep_bytes` bounds the cache; `chunk_tokens` bounds one forward pass.
+    """Answers queries on one backbone.
 
-    chunk_tokens: positions of one forward pass; None: as many as the device has memory for (`memory.choose_chunk`). Where
-    memory runs out all the same, the rows are halved and tried again.
-    checkpoint: whether blocks are computed again in the backward; None: where memory is short.
+    keep_bytes: the bytes of cached hidden states.
+    chunk_tokens: the maximum positions of one forward pass; None: chosen by the free memory (`memory.choose_chunk`). If
+        memory still runs out, the rows are halved and tried again.
+    checkpoint: whether blocks are computed again in the backward; None: if memory is short.
+    reproducible: on a CPU, a row's bits do not depend on the number of rows. Small chunks are filled up, because small
+        products have other kernels. It takes time if queries have few rows.
+    exact: a row has the same bits as in a separate forward pass. Rows of one shape share matrix products, and kernels
+        differ in whether a row's bits depend on the number of rows. So each number of rows of a shape is compared once
+        with separate passes, and rows share passes only if all bits agree (`trials`).
 
-    On a CPU, outputs of rows are kept, because evaluations ask about the same prompts and records again (`OutputCache`).
+    On a CPU, outputs of rows are cached, unless `exact` (`OutputCache`).
 
-    reproducible: a row's numbers on a CPU do not depend on the number of rows, to the last bit. Chunks with few positions
-    are filled up, because a processor has other kernels for small products. It takes time where queries have few rows.
-
-    exact: a row's numbers are those of a forward pass of its own, to the last bit. Rows of one shape share matrix
-    products, and whether a product's row depends on the number of rows is a property of the processor's kernels. So each
-    number of rows of a shape is compared once with one forward pass per row, and shared from then on if all bits agree
-    (`trials`).
-
-    Guarantees: a row of an exact engine depends on its own record and prompt alone, as far as these trials tell
+    Guarantees: a row of an exact engine depends only on its record and prompt, as far as these trials show
     (`tests/backbones/test_query_engine.py`, `tests/contracts/test_alone.py`).
     """
 
@@ -67,7 +65,7 @@ class QueryEngine:
         checkpoint: bool | None = None, reproducible: bool = False,
     ):  # fmt: skip
         self.backbone, self.exact, self.independent = backbone, exact, dict[tuple, bool]()
-        local = backbone.device.type == "cpu" and backbone.supports_features  # remote backbones parallelise themselves
+        local = backbone.device.type == "cpu" and backbone.supports_features  # remote backbones run in parallel anyway
         self.workers = THREADS if local and torch.get_num_threads() == 1 else 1
         if chunk_tokens is None:
             chunk_tokens, checkpoint = choose_chunk(backbone, self.workers, keep_bytes, checkpoint)
@@ -129,7 +127,7 @@ class QueryEngine:
     def _compute(
         self, queries: list[Query], rows: list[Row], tokens: int, overhead: int
     ) -> tuple[list[list[int]], list[Numbers]]:
-        """Returns the places of rows that were computed together, and their numbers; last the rows of known outputs."""
+        """Returns the row indices of each chunk, and its numbers. The rows of cached outputs are the last chunk."""
         keys = self.outputs.keys(queries, [(row.query, row.candidate, row.record) for row in rows])
         known = self.outputs.find(keys)
         new = [r for r in range(len(rows)) if not known or keys[r] not in known]
@@ -154,16 +152,16 @@ class QueryEngine:
         return min(self.chunk_tokens, max(FULL_TOKENS["cpu"], whole // (2 * self.workers)))
 
     def _each(self, work: Callable[[list[Row]], Result], parts: list[list[Row]], batch: Batch) -> list[Result]:
-        """Runs `work` on every chunk, `workers` at a time. LoRA chunks run in sequence, because they change the model."""
+        """Runs `work` on all chunks, `workers` in parallel. LoRA chunks run one by one, because they change the model."""
         halved = partial(self._halved, work)
         if len(parts) == 1 or self.workers == 1 or batch.enters_at == LORA:
             return [result for part in parts for result in halved(part)]
-        # the initializer applies torch's thread limit, which new threads ignore otherwise
+        # the initializer applies torch's thread limit, which new threads would ignore
         with ThreadPoolExecutor(self.workers, initializer=torch.get_num_threads) as pool:
             return [result for results in pool.map(halved, parts) for result in results]
 
     def _halved(self, work: Callable[[list[Row]], Result], part: list[Row]) -> list[Result]:
-        """Runs `work` on a chunk, or on its halves where memory runs out. Raises `BackboneError` for a row alone."""
+        """Runs `work` on a chunk, or on its halves if memory runs out. Raises `BackboneError` if it does for one row."""
         try:
             return [work(part)]
         except RuntimeError as error:
@@ -175,7 +173,7 @@ class QueryEngine:
                     f"{self.backbone.name}. Set engine.checkpoint = true, a smaller backbone.options.max_tokens or "
                     "another backbone"
                 ) from error
-        # here the error is gone, and with it the tensors of its frames
+        # outside of `except`: the error, which references the tensors of its frames, is freed
         half = len(part) // 2
         self.chunk_tokens = max(FEWEST_TOKENS, self.chunk_tokens // 2)
         warnings.warn(
@@ -197,13 +195,13 @@ class QueryEngine:
         return loss_R[rows], None if grad_RPD is None else grad_RPD[rows], outputs and outputs.select(first)
 
     def _forward_exact(self, queries: list[Query], part: list[Row], overhead: int) -> Numbers:
-        """Returns the numbers of one forward pass per row, or of a common one that is known to agree."""
+        """Returns the numbers of one forward pass per row, or of a common pass with the same bits."""
         if len(part) > 1 and self._is_independent(queries, part):
             return self._forward(queries, part)
         return self._forward_alone(queries, part)
 
     def _is_independent(self, queries: list[Query], part: list[Row]) -> bool:
-        """Tells whether rows of this shape and number agree in a common forward pass; tries it once."""
+        """Tells whether rows of this shape and number have the same bits in a common pass. Tries it once."""
         kind = *computation(queries[0]), queries[0].batch.targets is None, part[0].shape, len(part)
         if kind not in self.independent:
             tried = [with_random_numbers(query) for query in queries]
@@ -216,7 +214,7 @@ class QueryEngine:
         return torch.cat(losses), grad_RPD, join_outputs(outputs) if queries[0].outputs else None
 
     def _forward(self, queries: list[Query], part: list[Row]) -> Numbers:
-        """Runs one chunk; returns losses [R], gradients [R, P, D] and outputs, the last two if requested."""
+        """Runs one chunk. Returns losses [R], and if requested gradients [R, P, D] and outputs."""
         grad = queries[0].grad
         prompts_RPD = self._prompts(queries, part).requires_grad_(grad)
         with torch.set_grad_enabled(grad), ExitStack() as until_backward:
@@ -269,12 +267,12 @@ class QueryEngine:
         return ModelOutput(outputs.features_RD[first_R], scores, readout)
 
     def _run(self, rows_SPD: Tensor, items: Sequence[EncodedInput], enters_at: int, stack: ExitStack) -> ModelOutput:
-        """Runs the backbone on sequences, each with its virtual tokens or LoRA weights, which last as long as `stack`."""
+        """Runs the backbone on sequences, each with its virtual tokens or LoRA weights, which apply until `stack` ends."""
         front_SPD, layer = stack.enter_context(prompt_or_lora(self.backbone, rows_SPD, enters_at))
         return self.backbone.forward(front_SPD, self.kept.fetch(items, layer, self.backbone), items, layer)
 
     def _losses(self, queries: list[Query], part: list[Row], outputs: ModelOutput) -> Tensor:
-        """Returns [R] losses by the task or by each query's loss; NaN without a target."""
+        """Returns the losses [R] by each query's loss, else the task's; NaN without a target."""
         loss_R = outputs.features_RD.new_full((len(part),), torch.nan)
         by_loss: dict[tuple, list[int]] = {}
         for place, row in enumerate(part):
@@ -325,8 +323,8 @@ def run_queries_lockstep(
 ) -> Iterator[tuple[str, Result | Exception]]:
     """Answers many generators in lock step, one query of each a turn; yields each result when it is ready.
 
-    A generator's exception is its result, and the others go on. If the backbone raises, all clients fail, because the
-    failing query cannot be attributed. Restart the simulation.
+    A generator's exception is its result, and the others continue. If the backbone raises, so does this function: the
+    failing query cannot be attributed.
     """
     answers: dict[str, Answer | None] = dict.fromkeys(works)
     while answers:

@@ -1,8 +1,8 @@
 """Sentence encoders (MiniLM, E5, BGE, MPNet, Qwen3-Embedding, ...): features are normalised pooled embeddings.
 
-The files of a sentence-transformers folder say how to pool; without them the mean is taken.
-Answers are scored by cosine similarity to their embedded texts, times `SCALE`, the value that sentence-transformers
-trains with (Reimers and Gurevych, EMNLP 2019, arXiv 1908.10084). The prompt is attended to and not pooled.
+The files of a sentence-transformers folder define the pooling; the default is the mean. Answers are scored by cosine
+similarity to their embedded texts, times `SCALE`, the value that sentence-transformers trains with (Reimers and Gurevych,
+EMNLP 2019, arXiv 1908.10084). The prompt is attended to, but not pooled.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,19 @@ SCALE = 20.0
 
 
 class Config(LoadingConfig):
-    """`max_tokens`: longest input, prompt included. `prefix`: text that the encoder was trained to see before a text; None:
-    the default prompt of the folder, if it has one."""
+    """Sets the input length and the text before each input.
+
+    max_tokens: the longest input in tokens, prompt included.
+    prefix: the text before each input in the encoder's training; None: the folder's default prompt, if any."""
 
     max_tokens: int = Field(default=256, ge=8)
     prefix: str | None = None
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Load an encoder from a `from_pretrained` folder. Raises `BackboneError` if it cannot be run on embeddings, or its
-    files ask for a reading that is not followed."""
+    """Loads an encoder from a `from_pretrained` folder.
+
+    Raises `BackboneError` if it cannot be run on embeddings, or its files have an unsupported setting."""
     loader = Loader(Path(weights.folder), name, "an encoder", config, device, dtype, attention)
     files = read_sentence_files(loader.folder, name, config.prefix, device)
     model, tokenizer, missing = loader.model_and_tokenizer(AutoModel)
@@ -51,7 +54,7 @@ class Encoder(TextModel):
     ):
         super().__init__(config.max_tokens, model, tokenizer, identity, name)
         self.files = files or SentenceFiles(prompt=config.prefix or "")
-        if self.files.pooling != "mean" or self.files.dense:  # other features than those of the weights alone
+        if self.files.pooling != "mean" or self.files.dense:  # the features do not depend on the weights alone
             self.fingerprint += f":{self.files.pooling}:{len(self.files.dense)}"
         out = len(self.files.dense[-1].weight_OD) if self.files.dense else self.frozen.sample_TD.shape[1]
         if out > self.width:
@@ -63,7 +66,7 @@ class Encoder(TextModel):
     def tokenize(
         self, text: str, pair: str | None, instruction: str, answer: str | None, room: int, writes: int = 0
     ) -> EncodedInput:
-        """The instruction is not read with the text: it frames the answers (`readout`)."""
+        """Encodes text and pair. The instruction is not read here, but with the answers (`readout`)."""
         if writes:
             raise self._cannot_write()
         limit = self.max_tokens - room
@@ -79,7 +82,7 @@ class Encoder(TextModel):
         return EncodedInput(torch.tensor(ids), len(ids))
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
-        """Embeds each answer's text, `instruction answer.`, times the scale: [C, D]."""
+        """Returns the embeddings of the texts `instruction answer.`, times the scale, [C, D]."""
         for answer in answers:
             if not self._ids(answer):
                 raise BackboneError(f"the answer text {answer!r} has no tokens for {self.name}; write it in words")
@@ -90,7 +93,7 @@ class Encoder(TextModel):
         return features * SCALE
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
-        """Any row length means the same readout: only the direction counts, as with the embedded texts."""
+        """Scales rows to the length of embedded texts. Only their directions matter."""
         return F.normalize(rows_RCD.float(), dim=-1) * SCALE
 
     def forward(

@@ -1,4 +1,4 @@
-"""Reads the files of a sentence-transformers folder: pooling, dense layers, prompts, the longest text.
+"""Reads the files of a sentence-transformers folder: pooling, dense layers, prompts, length limit.
 
 https://sbert.net/docs/sentence_transformer/usage/custom_models.html describes the files.
 """
@@ -17,13 +17,13 @@ from ficpd.backbones.weights import json_file
 from ficpd.errors import BackboneError, BackboneWarning
 
 POOLINGS = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "lasttoken"}
-"""Names in a Pooling configuration, `pooling_mode_NAME`, and those of its later form, `pooling_mode`."""
+"""The names in a Pooling configuration (`pooling_mode_NAME`) to those of its later form (`pooling_mode`)."""
 ACTIVATIONS = {"Tanh": torch.tanh, "Identity": lambda values: values, "GELU": nn.functional.gelu, "ReLU": torch.relu}
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A layer behind the pooling."""
+    """A linear layer with an activation, behind the pooling."""
 
     weight_OD: Tensor
     bias_O: Tensor | None
@@ -35,7 +35,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class SentenceFiles:
-    """`pooling`: cls, mean, max or lasttoken. `prompt`: text that stands before every text. `max_tokens`: of a text."""
+    """The settings in the files.
+
+    pooling: cls, mean, max or lasttoken.
+    prompt: the text before every input.
+    max_tokens: the longest input in tokens; None: no limit.
+    """
 
     pooling: str = "mean"
     dense: tuple[Dense, ...] = ()
@@ -47,7 +52,7 @@ class SentenceFiles:
 def read_sentence_files(folder: Path, name: str, prefix: str | None, device: torch.device) -> SentenceFiles:
     """Reads the files; `prefix` replaces the folder's prompt.
 
-    Raises `BackboneError` for modules, poolings or activations that are not followed.
+    Raises `BackboneError` for unsupported modules, poolings or activations.
     """
     modules = [
         (part["type"].rpartition(".")[2], folder / part["path"]) for part in json_file(folder / "modules.json", list)
@@ -99,7 +104,7 @@ def _dense(folder: Path, name: str, device: torch.device) -> Dense:
 
 
 def _prompt(config: dict[str, Any], name: str) -> str:
-    """Returns the default prompt. Warns where the model has prompts and no default among them."""
+    """Returns the default prompt. Warns if the model has prompts, but no default."""
     prompts = {key: text for key, text in (config.get("prompts") or {}).items() if text}
     default = config.get("default_prompt_name")
     if prompts and default not in prompts:
@@ -113,7 +118,7 @@ def _prompt(config: dict[str, Any], name: str) -> str:
 
 
 def pool(states_STD: Tensor, mask_ST: Tensor, lengths: Sequence[int], pooling: str) -> Tensor:
-    """Pools the text's positions, without the prompt's, to [S, D] float32."""
+    """Pools the text's states [S, T, D], without the prompt's, to [S, D] in float32."""
     states_STD = states_STD.float()
     if pooling == "cls":
         return states_STD[:, 0]

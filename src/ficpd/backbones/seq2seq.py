@@ -1,7 +1,7 @@
 """Encoder-decoders (T5, FLAN-T5, BART, ...): the encoder reads a text with its instruction, the decoder answers.
 
-The prompt stands in front of the encoder's input. Answers are the decoder's first tokens: of one token each they are scored
-by rows of the language head, others by their mean log-likelihood per token.
+The prompt is in front of the encoder's input. Answers are the decoder's first tokens. Answers of one token are scored by
+rows of the language head, others by their mean log-likelihood per token.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from ficpd.types import EncodedInput, ModelOutput
 
 
 class Config(LoadingConfig):
-    """`max_tokens`: longest input of the encoder, prompt included."""
+    """Sets the input length. max_tokens: the longest input of the encoder in tokens, prompt included."""
 
     max_tokens: int = Field(default=256, ge=8)
 
@@ -41,7 +41,7 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
 
 class Seq2Seq(CausalLM):
-    """A frozen encoder-decoder. The layers that a prompt can enter are the encoder's."""
+    """A frozen encoder-decoder. A prompt enters layers of the encoder."""
 
     kind, about, causal = "seq2seq", "an encoder-decoder", False
 
@@ -49,7 +49,7 @@ class Seq2Seq(CausalLM):
         return model.get_encoder()
 
     def prepare(self) -> None:
-        """Finds the special tokens around a text, the decoder's first tokens, and whether answers are scored by rows."""
+        """Finds the special tokens around a text, the decoder's first tokens, and whether rows score answers."""
         plain, whole = self._ids("a"), self.tokenizer("a")["input_ids"]
         place = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         self._first, self._last = whole[:place], whole[place + len(plain) :]
@@ -69,7 +69,7 @@ class Seq2Seq(CausalLM):
     ) -> EncodedInput:
         """Puts text, pair and instruction on a line each. The answer's tokens follow the item's `length`.
 
-        The text is cut first, a pair only down to half of the space.
+        The text is cut first; a pair keeps up to half of the space.
         """
         line = [] if pair is None else self._ids(f"\n{pair}")
         frame = self._ids(f"\n{instruction}") if instruction else []
@@ -101,7 +101,7 @@ class Seq2Seq(CausalLM):
     def forward(
         self, prompts_SPD: Tensor, hidden: Sequence[Tensor], items: Sequence[EncodedInput], layer: int
     ) -> ModelOutput:
-        """Features are the decoder's last state where it gives the first token of an answer."""
+        """Returns the decoder's last state at the first token of an answer, and the mean log-likelihoods of answers."""
         states_STD, mask_ST = self.frozen.run(prompts_SPD, hidden, layer)
         mask_ST = torch.cat([mask_ST.new_ones(prompts_SPD.shape[:2]), mask_ST], dim=1)
         tails = [item.content[item.length :].to(self.device) for item in items]
@@ -131,7 +131,7 @@ class Seq2Seq(CausalLM):
     # ------------------------------------------------------------ writing
 
     def _require_room(self, virtual: int, longest: int, max_tokens: int) -> None:
-        """The decoder has a context of its own."""
+        """Checks nothing: the decoder has a separate context."""
 
     def _opening(self, text: str, room: int, max_tokens: int) -> EncodedInput:
         return self.tokenize(text, None, "", None, room)

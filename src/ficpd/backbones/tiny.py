@@ -1,6 +1,6 @@
-"""A random two-layer transformer with its own tokeniser: quick tests and the engine's overhead, nothing else.
+"""A small random transformer with a hash tokeniser, for quick tests and for the engine's overhead.
 
-Pre-norm blocks, bidirectional, mean pooling; weights drawn from a fixed seed, so it is the same on every machine.
+It has bidirectional pre-norm blocks and mean pooling. Its weights are drawn from a fixed seed, so it is the same everywhere.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ class Config(FrozenConfig):
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Builds the backbone. `weights` is ignored: there are none to load."""
+    """Builds the backbone. Ignores `weights`: there are none to load."""
     return Tiny(config, dtype, device, name)
 
 
 class HashTokenizer:
-    """Its words, each by its hash: no vocabulary file, and no spelling but the number."""
+    """Maps each word to its hash, without a vocabulary file. An id's text is its number."""
 
     size = VOCABULARY
 
@@ -88,7 +88,7 @@ class Tiny(Backbone):
         random = rng.make_generator("tiny", config.width, config.depth)
         self.table = torch.randn(VOCABULARY, config.width, generator=random).to(device, dtype)
         self.vocabulary = self.words = HashTokenizer(self.table)
-        with torch.random.fork_rng(devices=[]):  # torch draws weights from its global state; ours are drawn below
+        with torch.random.fork_rng(devices=[]):  # torch draws weights from its global state; they are replaced below
             self.blocks = nn.ModuleList([Block(config.width) for _ in range(config.depth)])
         for weight in self.blocks.parameters():
             if weight.dim() == 2:

@@ -1,4 +1,4 @@
-"""Shares the code of backbones with a tokeniser: the vocabulary, and the share of unknown words."""
+"""Shares the code of backbones with a tokeniser: vocabulary, and rate of unknown tokens."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from ficpd.interfaces import Backbone
 from ficpd.types import Record
 
 MOST_UNKNOWN = 0.05
-"""Above this share of unknown tokens a client's texts are not read as they were written."""
+"""The share of unknown tokens in a client's texts above which a warning is given."""
 LOOKED_AT = 50
-"""Records of each client that are looked at, evenly spread: some thousand tokens."""
+"""The maximum number of records of each client that are checked, evenly spread."""
 NONSENSE = 8
-"""Words of a nonsense text."""
+"""The number of tokens in a synthetic text."""
 
 
 class Tokenised(Backbone):
@@ -42,18 +42,18 @@ class Tokenised(Backbone):
         return ids
 
     def _vocabulary(self, seed: int) -> list[int]:
-        """Returns all ordinary words of the vocabulary, in an order drawn from the seed."""
+        """Returns the ids of all ordinary words, in an order drawn from the seed."""
         special = self._special()
         drawn = torch.randperm(len(self.tokenizer), generator=rng.make_generator(seed, "vocabulary")).tolist()
         return [i for i in drawn if i not in special]
 
     def _special(self) -> set[int]:
-        """Returns the ids that are no words."""
+        """Returns the ids of special tokens."""
         return {*self.tokenizer.all_special_ids}
 
 
 def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """Returns the share of these texts' tokens that is the tokeniser's unknown token. A byte-level one has none."""
+    """Returns the share of unknown tokens in these texts, from 0 to 1. A byte-level tokeniser has none."""
     if tokenizer.unk_token_id is None or not texts:
         return 0.0
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -61,7 +61,7 @@ def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
 
 
 def warn_unk_rate(backbone: Backbone, records_of: Mapping[str, Sequence[Record]]) -> None:
-    """Warns once, about the worst client, where more than `MOST_UNKNOWN` of its tokens are unknown."""
+    """Warns about the worst client, if more than `MOST_UNKNOWN` of its tokens are unknown."""
     shares = {who: backbone.unk_rate(_texts(records)) for who, records in records_of.items()}
     worst = max(shares, key=lambda who: shares[who], default=None)
     if worst is None or shares[worst] <= MOST_UNKNOWN:

@@ -1,7 +1,7 @@
-"""Compares a common forward pass with one for each row, on random numbers.
+"""Compares a common forward pass with one pass for each row, on random numbers.
 
-A server sends prompts, readouts and label priors, and could choose numbers that hide a difference. A readout of zeros makes
-all losses equal and all gradients zero, alone and together. So a trial replaces them by random numbers of the same shape.
+A server sends prompts, readouts and label priors, and could choose numbers that hide a difference: a readout of zeros makes
+all losses equal and all gradients zero. So a trial replaces them by random numbers of the same shape.
 """
 
 from dataclasses import replace
@@ -14,11 +14,11 @@ from ficpd.types import LABEL_PRIOR, ModelOutput, Query
 Numbers = tuple[Tensor, Tensor | None, ModelOutput | None]
 """Losses [R], gradients [R, P, D] and outputs of R rows."""
 SCALE = 0.05
-"""Deviation of a trial's prompts: about that of word embeddings and LoRA weights."""
+"""The standard deviation of a trial's prompts, similar to word embeddings and LoRA weights."""
 
 
 def with_random_numbers(query: Query) -> Query:
-    """Replaces the prompts and the readout by random numbers, and leaves the label prior out."""
+    """Replaces the prompts and the readout by random numbers, and removes the label prior."""
     random, batch, prompts_KPD = torch.Generator().manual_seed(0), query.batch, query.prompts_KPD
 
     def like(values: Tensor, scale: float) -> Tensor:
@@ -33,7 +33,7 @@ def with_random_numbers(query: Query) -> Query:
 
 
 def same_bits(one: Numbers, other: Numbers) -> bool:
-    """Tells whether losses, gradients and outputs agree to the last bit, and the gradients of no row are all zero."""
+    """Tells whether losses, gradients and outputs have the same bits, and every row has a gradient other than zero."""
 
     def tensors(numbers: Numbers) -> list[Tensor]:
         loss_R, grad_RPD, outputs = numbers

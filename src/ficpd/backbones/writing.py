@@ -1,8 +1,8 @@
-"""Next-token logits of a frozen decoder, step by step, behind a prompt that entered at any layer.
+"""Computes next-token logits of a frozen decoder step by step, with a prompt that enters at any layer.
 
-The layers below the entry never see the prompt and the others always do. So there are two caches: one of the text for the
-layers below, one of prompt and text for the others. Rows are padded on the left. A layer's first use compares this with
-whole forwards; a model that gives other logits, or has no such cache, is run without a cache, which takes longer.
+The layers below the prompt never see it, and the others always do. So there are two caches: of the text for the layers
+below, and of prompt and text for the others. Rows are padded on the left. The first use of a layer compares this with whole
+forwards. A model that gives other logits, or has no such cache, runs without a cache, which is slower.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ from ficpd.backbones.guards import FAILURES, difference, parameters
 from ficpd.types import HiddenStates
 
 STEPS = 3
-"""Tokens of the comparison, the read text as the first."""
+"""The number of steps in the comparison. The first step reads the text."""
 
 
 class Writing:
-    """Makes `decoding.Step` functions. `cached`: by layer, whether a cache gives the logits of whole forwards."""
+    """Makes `decoding.Step` functions. `cached`: by layer, whether the caches give the logits of whole forwards."""
 
     def __init__(self, frozen: FrozenModel):
         self.frozen = frozen
         first = frozen.remembered("cache", frozen.identity, lambda: self._agrees(0))
-        self.cached = {0: first}  # not on its first use, which may be one with LoRA
+        self.cached = {0: first}  # not at its first use, which may be with LoRA
 
     def steps(self, prompts_SPD: Tensor, rows: Sequence[Tensor], layer: int) -> Step:
-        """Texts are given as embeddings [T, E]. A step takes the tokens chosen last [S]; it returns logits [S, V]."""
+        """Returns the step function for texts (embeddings [T, E] each). It maps the last tokens [S] to logits [S, V]."""
         if layer not in self.cached:
             self.cached[layer] = self._agrees(layer)
         return (self._with_cache if self.cached[layer] else self._whole)(prompts_SPD, rows, layer)
@@ -72,7 +72,7 @@ class Writing:
         return step
 
     def _given(self, mask_SK: Tensor, states: Tensor, cache: Any) -> dict[str, Any]:
-        """Arguments of a forward over the last columns of a mask. The first real token of each row has position 0."""
+        """Returns the arguments of a forward over the last columns of a mask. Each row's first token has position 0."""
         given = {"attention_mask": mask_SK.long(), "past_key_values": cache, "use_cache": True}
         if "position_ids" in parameters(type(self.frozen.body)):
             given["position_ids"] = (mask_SK.cumsum(1) - 1).clamp(min=0)[:, -states.shape[1] :]
@@ -80,7 +80,7 @@ class Writing:
 
     @torch.no_grad()
     def _agrees(self, layer: int) -> bool:
-        """Tells whether the cache gives the logits of whole forwards, for two rows of different lengths."""
+        """Tells whether the caches give the logits of whole forwards, for two rows of different lengths."""
         frozen = self.frozen
         if "past_key_values" not in parameters(type(frozen.body)):
             return False
