@@ -48,9 +48,9 @@ for group in (app, deploy, site):
 
 
 def main() -> None:
-    """Runs the command line. Prints errors that a user can fix without traceback, and exits with status 1.
+    """Runs the command line. For errors that a user can fix, prints no traceback and exits with status 1.
 
-    Output replaces what its encoding cannot hold. SIGTERM stops a command as Ctrl-C does.
+    Characters outside the output's encoding are replaced. SIGTERM stops a command like Ctrl-C.
     """
     console.asked.__init__()
     for stream in (sys.stdout, sys.stderr):
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    """Prints the message of the exception that is handled, with its traceback where --verbose asks for it."""
+    """Prints the handled exception's message, with --verbose also its traceback, and exits with status 1."""
     if console.asked.verbose:
         traceback.print_exc()
     errors.print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)

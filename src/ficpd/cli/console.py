@@ -1,4 +1,4 @@
-"""Prints results, notes, tables, scores and progress bars, as `--quiet`, `--verbose` and `--json` ask for."""
+"""Prints results, notes, tables, scores and progress bars, according to `--quiet`, `--verbose` and `--json`."""
 
 import json
 import math
@@ -12,13 +12,18 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 FAILED = 3
-"""The exit status of a command that ended and found a failure: failed runs of a comparison, a violated ε."""
+"""The exit status of a finished command that found a failure: failed runs of a comparison, or a violated ε."""
 screen, errors = Console(), Console(stderr=True)
 
 
 @dataclass
 class Verbosity:
-    """quiet: no notes, no progress. verbose: tracebacks and logs. json: results are JSON, notes go to standard error."""
+    """The output options of a command.
+
+    quiet: no notes, no progress.
+    verbose: tracebacks and logs.
+    json: results are JSON, and notes go to standard error.
+    """
 
     quiet: bool = False
     verbose: bool = False
@@ -30,19 +35,19 @@ asked = Verbosity()
 
 
 def note(line: str, style: str = "") -> None:
-    """Prints a line that is no result; nothing if quiet."""
+    """Prints a line that is not a result, unless quiet."""
     if not asked.quiet:
         _notes().print(escape(line), style=style, highlight=False, soft_wrap=True)
 
 
 def say(line: str, style: str = "") -> None:
-    """Prints a line of a result; nothing if the result is JSON."""
+    """Prints a line of a result, unless results are JSON."""
     if not asked.json:
         screen.print(escape(line), style=style, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Prints a result as JSON, if `--json` asks for it. Numbers that are not finite become null."""
+    """Prints a result as JSON if `--json` is set. Numbers that are not finite become null."""
     if asked.json:
         print(json.dumps(_finite(value), ensure_ascii=False, indent=2, default=str, allow_nan=False))
 
@@ -65,7 +70,7 @@ def print_table(heads: Sequence[str], cells: Sequence[Sequence[str]], caption: s
 
 
 def print_scores(first: str, scores: Mapping[str, Mapping[str, float]], caption: str = "") -> None:
-    """Prints one line of scores per name; missing metrics are empty."""
+    """Prints one row of scores per name. Missing metrics are empty."""
     metrics = sorted({metric for score in scores.values() for metric in score})
     cells = [[name, *(f"{s[m]:.3f}" if m in s else "" for m in metrics)] for name, s in scores.items()]
     print_table([first, *metrics], cells, caption)
@@ -80,7 +85,7 @@ Show = Callable[[str, int, int, dict[str, float]], None]
 
 @contextmanager
 def progress_bars(unit: str = " rounds") -> Iterator[Show]:
-    """Shows a bar per method: rounds, time and latest figures. Prints lines, with the unit, if there is no terminal."""
+    """Shows a bar per method: rounds, time and latest figures. Without a terminal it prints lines with the unit."""
     if asked.quiet:
         yield lambda method, done, planned, figures: None
     elif _notes().is_terminal:

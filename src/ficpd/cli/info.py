@@ -26,7 +26,7 @@ def info(
     if not as_json:
         table = Table.grid(padding=(0, 2))
         table.add_column()
-        table.add_column(overflow="fold")  # a path is broken, never cut
+        table.add_column(overflow="fold")  # wraps a path instead of cutting it
         for name, words in _in_words(facts).items():
             table.add_row(f"[bold]{name.replace('_', ' ')}[/]", escape(words))
         screen.print(table, highlight=False)
@@ -43,7 +43,7 @@ def schema() -> None:
 
 
 def _facts_of(path: Path) -> dict[str, Any]:
-    """Facts of a run, and of its library if it has one."""
+    """Returns the facts of a run and of its library, if it has one. Raises `LibraryError` for a comparison."""
     from ficpd.errors import LibraryError
     from ficpd.experiments.facts import run_facts
     from ficpd.library.facts import library_facts
@@ -70,7 +70,7 @@ def _installation() -> dict[str, Any]:
 
 
 def _in_words(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Facts as phrases. Those of a run's state become one."""
+    """Returns the facts as phrases. The facts on a run's state become one phrase."""
     words = {name: _phrase(value) for name, value in facts.items()}
     if "rounds" in facts:
         done = "finished" if facts["finished"] else f"not finished; continue it: {facts['continue']}"
@@ -102,7 +102,7 @@ def _scores(score: Mapping[str, float]) -> str:
 
 
 def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Tasks in a line: whole where there is one, else their names and kinds.
+    """Describes tasks in a line: a single task in full, several by their names and kinds.
 
     >>> _tasks({"mood": {"name": "classification", "instruction": "it was", "labels": {"g": "good", "b": "bad"}}})
     'mood (classification, 2 labels): g, b; instruction: it was'

@@ -20,7 +20,7 @@ def init(
     ],
     text: Annotated[str | None, typer.Option(help="the column of the texts; none: guessed")] = None,
     image: Annotated[
-        str | None, typer.Option(help="the column of the images or their paths, in place of texts; none: guessed")
+        str | None, typer.Option(help="the column of the images or their paths, instead of texts; none: guessed")
     ] = None,
     target: Annotated[str | None, typer.Option(help="the column of the labels or numbers; none: guessed")] = None,
     client: Annotated[
@@ -33,7 +33,9 @@ def init(
     epsilon: Annotated[float | None, typer.Option(help="the privacy budget; none: no privacy")] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(help="the frozen model: a name, folder or hub id; none: minilm, of images facebook/dinov2-small"),
+        typer.Option(
+            help="the frozen model: a name, folder or hub id; none: minilm, or for images facebook/dinov2-small"
+        ),
     ] = None,
     encoding: Encoding = "utf-8",
     separator: Separator = None,

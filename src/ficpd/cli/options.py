@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Defines the options that several commands share."""
 
 import logging
 from pathlib import Path
@@ -57,7 +57,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """A group that takes them too, in front of its command."""
+    """A group that takes these options before its command."""
 
     def __init__(self, *args: Any, params: Any = None, **more: Any):
         super().__init__(*args, params=[*(params or []), *_verbosity()], **more)
@@ -76,7 +76,7 @@ VERBOSE = "print the log and the traceback of an error"
 
 
 def _restore_argument_help(command: TyperCommand) -> None:
-    """click 8.5 sets the help of an argument to None after typer has set it."""
+    """Sets the help of arguments again, because click 8.5 removes it."""
     for name, annotated in getattr(command.callback, "__annotations__", {}).items():
         told = next((about.help for about in getattr(annotated, "__metadata__", ()) if hasattr(about, "help")), None)
         for param in command.params:
@@ -89,7 +89,7 @@ def roles(columns: list[str] | None) -> dict[str, str]:
 
 
 def reading(encoding: str, separator: str | None) -> "ReadOptions":
-    """Returns the format of `--data`. Raises `ConfigError` for an unknown encoding or separator."""
+    """Returns the format of `--data`. Raises `ConfigError` for an unknown encoding or an invalid separator."""
     from ficpd.data.loading import Config
     from ficpd.data.tables import ReadOptions
     from ficpd.registry import validate
@@ -99,7 +99,7 @@ def reading(encoding: str, separator: str | None) -> "ReadOptions":
 
 
 def pairs(given: list[str] | None, expected: str) -> dict[str, str]:
-    """Parses `a=b` options."""
+    """Parses options of the form `a=b`. Raises `BadParameter` for another form."""
     found = [word.partition("=") for word in given or []]
     if any(not all(pair) for pair in found):
         raise typer.BadParameter(expected)

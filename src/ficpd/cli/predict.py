@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 FILE_NAME = re.compile(r"\S+\.(csv|tsv|jsonl|ndjson|json|parquet|txt)(\.gz|\.zst)?", re.IGNORECASE)
-"""A word that ends as the files do that `--data` reads."""
+"""Matches a word with the ending of a file that `--data` reads."""
 Prompt = Annotated[str | None, typer.Option("--prompt", help="a prompt's name; none: adapted, else global")]
 
 
@@ -84,7 +84,7 @@ def _rows(texts: list[str], data: str | None, columns: list[str] | None, files: 
 
 
 def _refuse_files(texts: list[str]) -> None:
-    """Raises `BadParameter` for the name of a file among the texts, whether the file is there or not."""
+    """Raises `BadParameter` for a file name among the texts, whether the file exists or not."""
     for one in texts:
         if os.path.isfile(one):
             raise typer.BadParameter(f"{one} is a file: write --data {one}")

@@ -46,7 +46,7 @@ def check(
 
 @site.command()
 def status(file: File) -> None:
-    """Print the privacy cost, the served runs and the last error, from the running site or its ledger."""
+    """Print the privacy cost, the served runs and the last error, from the site's state folder."""
     from ficpd.deployment.site.config import rehearsal_warning
     from ficpd.deployment.site.preflight import site_status
 
