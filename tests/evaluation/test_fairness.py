@@ -266,7 +266,7 @@ def test_a_run_that_is_not_asked_compares_no_groups(tmp_path):
     assert "Client by client" in page
     assert "Groups of people" not in page
     assert "Worse off than alone" not in page
-    assert "Whether joining pays is open, for no client was tuned alone" in page
+    assert "Whether joining pays is unknown, because no client was tuned alone" in page
 
 
 def test_a_constant_column_ends_a_run_with_a_sentence(tmp_path):

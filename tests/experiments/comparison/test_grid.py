@@ -150,7 +150,7 @@ def test_every_comparison_that_comes_with_the_package_is_one(monkeypatch):
     ("seed.x=1,2", "unknown part 'seed'"),
     ("method.name=fedavg,fpl", "methods are entries of the file"),
     ("training.optimizer=adam,,sgd", "a value is empty"),
-    ("training.local_steps=1,2,1", "a value stands there twice"),
+    ("training.local_steps=1,2,1", "a value is given twice"),
     ("method.num_prototype=1,2",
      "no method here has it: unknown setting 'num_prototype'; did you mean 'num_prototypes'?"),
     ("training.local_step=1,2", "unknown key 'local_step'; did you mean 'local_steps'?"),
@@ -200,7 +200,7 @@ def test_a_mistake_in_an_axis_is_named(folder, axes, words):
 @pytest.mark.parametrize(("head", "words"), [
     ("sede = [1]", "unknown key 'sede'; did you mean 'seeds'?"),
     ("seeds = []", "test.toml: seeds = []"),
-    ("seeds = [1, 1]", "a seed stands there twice"),
+    ("seeds = [1, 1]", "a seed is given twice"),
     ("targets = [1.5]", "test.toml: targets.0 = 1.5"),
     ("figure = 'best'", "test.toml: figure = 'best'"),
     ("reference = 'fedavgg'", "unknown reference 'fedavgg'; did you mean 'fedavg'?"),

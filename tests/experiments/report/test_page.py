@@ -222,7 +222,7 @@ def test_the_page_holds_its_results_as_files(folder):
     assert files.files["results.csv"].startswith("method,privacy,epsilon")
 
 
-@pytest.mark.parametrize(("fit", "folded"), [(0.5, ""), (0.01, "they match nothing that is known")])
+@pytest.mark.parametrize(("fit", "folded"), [(0.5, ""), (0.01, "they match no known fact")])
 def test_clusters_that_match_nothing_are_folded(tmp_path, fit, folded):
     run = made_up.run(tmp_path / "run", clients=4)
     own = json.loads((run / "result.json").read_text())

@@ -37,13 +37,15 @@ def compare(
     plan: Grid, out: Path, jobs: int | str | None = None, planned: Callable[[int, int], None] | None = None,
     seen: Seen = lambda event: None,
 ) -> ComparisonResult:  # fmt: skip
-    """Runs the missing cells of `out`, `jobs` at a time, and writes the tables, also if interrupted.
+    """Runs the missing cells of `out`, `jobs` at a time, and writes the tables, also if it is interrupted.
 
-    `jobs` None: one for each core, and one on a GPU. "ray" or "ray://HOST:PORT": one for each CPU or GPU of a Ray cluster.
-    `planned` gets the number of runs and the number of missing ones.
-    A script that calls this needs the guard `if __name__ == "__main__":`, as workers are spawned processes.
+    jobs: None: one for each core, or one on a GPU. "ray" or "ray://HOST:PORT": one for each CPU or GPU of a Ray cluster.
+    planned: receives the number of runs and of missing runs.
+    seen: receives every event.
 
-    Raises `RunError` if another process is at work in `out`, or if `out` holds results of another version.
+    A script that calls this needs the guard `if __name__ == "__main__":`, because workers are spawned processes.
+
+    Raises `RunError` if another process works in `out`, or if `out` has other files or results of another version.
     """
     with needs("a comparison", "report"):
         for package in ("pandas", "tabulate"):
@@ -72,7 +74,7 @@ def compare(
 
 
 def _missing(plan: Grid, out: Path, names: Mapping[str, str]) -> list[Job]:
-    """Returns the runs without a figure, each once, in the plan's order."""
+    """Returns the unfinished runs, each once, in the plan's order."""
     first = {cell.hash: cell for cell in reversed(plan.cells)}
     open_ = [h for h in names if not (one := load_result(out, names[h])) or one.status != "done"]
     (out / CELLS).mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ def _missing(plan: Grid, out: Path, names: Mapping[str, str]) -> list[Job]:
 
 
 def described(plan: Grid, outcomes: Mapping[str, RunOutcome | None], names: Mapping[str, str]) -> ComparisonResult:
-    """Summarises all cells."""
+    """Summarises all cells of a comparison."""
     spec, cells = plan.spec, result_rows(plan.cells, names, outcomes)
     metrics: dict[str, Metric | None] = dict.fromkeys(plan.axes["tasks"])
     metrics |= {c.task: one.metric for c in plan.cells if (one := outcomes[c.hash]) and one.status == "done"}
@@ -121,5 +123,5 @@ def _task(plan: Grid, label: str, metric: Metric | None) -> TaskInfo:
 
 
 def _budget(piece: Mapping[str, Any]) -> BudgetInfo:
-    """Returns a budget for JSON, which has no infinity: None is no limit."""
+    """Returns a budget for JSON, which has no infinity (None: no limit)."""
     return BudgetInfo(**{k: None if piece.get(k) == float("inf") else piece.get(k) for k in BudgetInfo.model_fields})

@@ -1,4 +1,4 @@
-"""Expands a comparison's TOML file to the cells of its grid, each with its whole experiment."""
+"""Expands a comparison's TOML file to the cells of its grid, each with a complete experiment."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ SHARED_SECTIONS = {"backbone", "task", "data", "partition", "groups", "seed", "f
 
 
 class ComparisonConfig(FrozenConfig):
-    """The settings of a comparison file without its axes.
+    """The settings of a comparison file, without its axes.
 
-    evaluate_every: rounds between two points of a curve, which targets and budgets of bytes and queries use.
-    targets: shares of the centralised line's figure.
+    evaluate_every: the rounds between two points of a curve. Targets and budgets of bytes and queries use the curve.
+    targets: shares of the centralised line's figure, from 0 to 1.
     """
 
     name: str
@@ -45,14 +45,17 @@ class ComparisonConfig(FrozenConfig):
     @classmethod
     def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len({*seeds}) < len(seeds):
-            raise ValueError("a seed stands there twice; each counts once")
+            raise ValueError("a seed is given twice; give each once")
         return seeds
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid. `hash` names the run that it asks for; `ground` the records and the backbone that it needs:
-    cells of one ground can share them in memory. `limits`: the budget's bytes and queries, where it has any."""
+    """One point of the grid.
+
+    limits: the budget's bytes and queries, if any.
+    hash: names the run. Cells with the same run have the same hash.
+    ground: names the records and the backbone. Cells of one ground can share them in memory."""
 
     method: str
     task: str
@@ -71,7 +74,7 @@ class Cell:
 
     @property
     def readable(self) -> str:
-        """Returns a name of the run for a folder on any file system."""
+        """Returns a folder name for the run, valid on any file system."""
         swept = map(overrides.format_value, self.sweep.values())
         labels = [self.task, self.partition, self.budget, *swept, self.method]
         words = [re.sub(r"[^A-Za-z0-9=.]+", "_", label).strip("_.")[:24] for label in labels if label != DEFAULT]
@@ -80,7 +83,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """`text`: the file, kept with the results. `methods`: with baselines and all variants of sweeps."""
+    """A comparison's cells. `text`: the file. `methods`: all methods, with baselines and variants of sweeps."""
 
     spec: ComparisonConfig
     text: str
@@ -91,7 +94,7 @@ class Grid:
 
     @property
     def reference(self) -> str:
-        """Returns the method that the others are tested against: of a sweep's variants the first."""
+        """Returns the method that the others are tested against. If it is swept, this is its first variant."""
         found = _referred(self.spec.reference, self.methods)
         assert found is not None, "the file was checked"
         return found
@@ -107,12 +110,14 @@ def _referred(given: str | None, methods: Iterable[str]) -> str | None:
 
 
 def read_plan(name: str, ablate: Sequence[str] = ()) -> Grid:
-    """Reads a TOML file, or a comparison of the package by name."""
+    """Expands a TOML file, or a comparison of the package by name."""
     return expand(*read_recipe(name, "comparison", "compare"), ablate, Path(name).parent)
 
 
 def expand(text: str, where: str, ablate: Sequence[str] = (), beside: Path | None = None) -> Grid:
-    """Returns all cells. Raises the `ConfigError` of the first invalid one, so that nothing is run."""
+    """Returns the grid with all cells. Raises `ConfigError` for the first invalid cell, before any run.
+
+    `where`: the file's name, for errors. Paths of recipes are relative to the last argument."""
     tree = read_tree(text, where)
     spec: ComparisonConfig = validate(
         ComparisonConfig, {key: value for key, value in tree.items() if key not in AXES}, where
@@ -147,7 +152,7 @@ def _cells(
         for point, seed, (method, of_method) in product(points, spec.seeds, methods.items()):
             at = ", ".join([method, *(x for x in (task, part, budget) if x != DEFAULT), *map(str, point.values())])
             experiment = _experiment(tree, spec, point, seed, of_method, f"{where}, cell {at} on {recipe}")
-            limits = {} if method in REFERENCE_METHODS else budgeted  # a line has no communication to limit
+            limits = {} if method in REFERENCE_METHODS else budgeted  # lines have no communication to limit
             experiment = canonical_experiment(experiment)
             shared = experiment.model_dump(mode="json", include=SHARED_SECTIONS)
             federation = experiment.federation
@@ -161,7 +166,7 @@ def _cells(
 def _experiment(
     tree: dict[str, Any], spec: ComparisonConfig, point: Mapping[str, Any], seed: int, of_method: Piece, where: str
 ) -> Experiment:
-    """Lays the method's piece, the sweep and the common settings over the recipe, in this order."""
+    """Applies the method's piece, the sweep and the common settings to the recipe, in this order."""
     tree = {key: part for key, part in tree.items() if key != "method"}
     tree = overrides.merge(tree, {key: part for key, part in of_method.items() if key != "private"})
     tree = overrides.with_sweep(tree, point)
@@ -179,11 +184,11 @@ def _experiment(
 
 
 def canonical_experiment(experiment: Experiment) -> Experiment:
-    """Drops the settings that the method does not use. Cells that differ in those only share a run."""
+    """Drops the settings that the method does not use. Cells that differ only in those share a run."""
     method = make_method(experiment.method, experiment.training)
     try:
         privacy = dict(privacy_config_for(method, experiment.privacy))
-    except PrivacyError:  # the run will say so
+    except PrivacyError:  # the run will raise it
         privacy = experiment.privacy
     update: dict[str, Any] = {"privacy": privacy}
     if experiment.method["name"] == "zero_shot":

@@ -1,4 +1,4 @@
-"""Lays the axes of a comparison over its recipe: pieces of a recipe, by label."""
+"""Applies the axes of a comparison to its recipe. An axis has pieces of a recipe, by label."""
 
 import math
 import tomllib
@@ -24,7 +24,7 @@ RESERVED = {"name", "seed", "baselines", "method", "metrics"}
 
 
 def _entry(*parts: str, **keys: Any) -> type[FrozenConfig]:
-    """Makes the schema of an axis's entries: the recipe's parts that they change, and further keys."""
+    """Makes the schema of an axis's entries: the parts of the recipe that they may change, and further keys."""
     fields: dict[str, Any] = {part: (dict[str, Any], {}) for part in parts} | keys
     return create_model("Entry", __base__=FrozenConfig, **fields)
 
@@ -40,7 +40,7 @@ ENTRIES = {
     ),
 }  # fmt: skip
 DEFAULT = "given"
-"""The label of an axis that the file leaves out: as the recipe has it."""
+"""The label of a missing axis: the recipe's settings are used."""
 
 
 def validate_overrides(axis: str, table: Any, where: str) -> dict[str, Piece]:
@@ -57,7 +57,7 @@ def validate_overrides(axis: str, table: Any, where: str) -> dict[str, Piece]:
 
 
 def parsed_sweeps(given: Iterable[str]) -> Sweeps:
-    """Parses `part.key=a,b,c`, each value as `--set` reads it.
+    """Parses sweeps `part.key=a,b,c`, with values as in `--set`. Raises `ConfigError` for an invalid one.
 
     >>> parsed_sweeps(["privacy.epsilon=1,2,4", "training.optimizer=adam, sgd", "prompt.text='a, b','c'"])
     {'privacy.epsilon': [1, 2, 4], 'training.optimizer': ['adam', 'sgd'], 'prompt.text': ['a, b', 'c']}
@@ -78,13 +78,13 @@ def parsed_sweeps(given: Iterable[str]) -> Sweeps:
             raise ConfigError(f"--ablate {sweep!r}: {path} is swept twice; give all its values at once")
         values = _values(text, sweep)
         if len({repr(value) for value in values}) < len(values):  # 1 and true are equal
-            raise ConfigError(f"--ablate {sweep!r}: a value stands there twice")
+            raise ConfigError(f"--ablate {sweep!r}: a value is given twice")
         sweeps[path] = values
     return sweeps
 
 
 def _values(text: str, sweep: str) -> list[Any]:
-    """Parses values as a TOML array, or else word by word."""
+    """Parses values as a TOML array, else word by word."""
     try:
         return tomllib.loads(f"values = [{text}]")["values"]
     except tomllib.TOMLDecodeError:
@@ -95,7 +95,7 @@ def _values(text: str, sweep: str) -> list[Any]:
 
 
 def methods_of(pieces: Mapping[str, Piece], sweeps: Sweeps, where: str) -> dict[str, Piece]:
-    """Lists methods and baselines by label, those with a swept setting once for each value."""
+    """Returns methods and baselines by label. One with a swept setting has an entry for each value."""
     named = {label: _named(label, piece, where) for label, piece in {**REFERENCE_METHODS, **pieces}.items()}
     for path, values in sweeps.items():
         if not path.startswith("method."):
@@ -146,7 +146,7 @@ def format_value(value: Any) -> str:
 
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Sets one value in copies of the mappings on its path, so that other holders see no change."""
+    """Sets one value in the tree. Copies the nested mappings on its path, so that other references do not change."""
     *above, last = path.split(".")
     for key in above:
         inner = tree.get(key, {})
@@ -158,7 +158,7 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple[dict[str, Any], str]:
-    """Reads a recipe's tree with changes, and its name. A TOML file is in the comparison's folder."""
+    """Reads a recipe's tree with changes, and its name. Paths of TOML files are relative to the comparison's folder."""
     if beside is not None and recipe.endswith(".toml"):
         recipe = str(beside / Path(recipe).expanduser())
     text, where = read_recipe(recipe)
@@ -166,7 +166,7 @@ def load_base(recipe: str, changes: Iterable[str], beside: Path | None) -> tuple
 
 
 def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
-    """Merges a piece into the tree. A part of another name or kind replaces the old one whole.
+    """Merges a piece into the tree. A part with another name or kind replaces the whole old part.
 
     >>> merge({"training": {"s": 2}, "task": {"name": "a", "k": 1}}, {"training": {"n": 4}, "task": {"name": "b"}})
     {'training': {'s': 2, 'n': 4}, 'task': {'name': 'b'}}
@@ -182,7 +182,7 @@ def merge(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
 
 
 def with_task(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
-    """Groups and a task of one's own exclude each other: whichever the piece has, the other goes."""
+    """Merges a task's piece. A piece with groups replaces the recipe's single task, its data and its partition."""
     if "groups" in piece:
         tree = {key: part for key, part in tree.items() if key not in ("task", "data", "partition")}
     return merge(tree, {key: part for key, part in piece.items() if key != "recipe"})
@@ -204,7 +204,7 @@ def with_budget(tree: dict[str, Any], piece: Piece) -> dict[str, Any]:
 
 
 def with_epsilon(tree: dict[str, Any], epsilon: Any) -> dict[str, Any]:
-    """Sets epsilon; `inf` is without privacy. A recipe without privacy gets the record level."""
+    """Sets epsilon (`inf`: no privacy). A recipe without privacy gets the record level."""
     if isinstance(epsilon, float) and math.isinf(epsilon):
         return {**tree, "privacy": {"name": "none"}}
     privacy = tree.get("privacy", {"name": "none"})

@@ -1,4 +1,4 @@
-"""Computes the cost of a figure: Pareto fronts, and the cost to reach a share of the centralised line."""
+"""Computes Pareto fronts of figures and costs, and the cost to reach a share of the centralised line."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,10 @@ COSTS: dict[Any, Callable[[CellResult], float | None]] = {
 
 
 def pareto_fronts(seen: ResultView) -> list[Front]:
-    """Draws the figure against each cost, task by task, without the centralised line: its records are not counted."""
+    """Returns the fronts of the figure and each cost, by task and partition.
+
+    The centralised line is left out, because the transfer of its records is not counted.
+    """
     found = []
     for labels, rows in seen.grouped(("task", "partition")):
         for cost, of in COSTS.items():
@@ -32,7 +35,7 @@ def pareto_fronts(seen: ResultView) -> list[Front]:
 def _points(
     seen: ResultView, rows: Sequence[CellResult], cost: Callable[[CellResult], float | None]
 ) -> list[dict[str, Any]]:
-    """Returns a point of each method, budget and sweep: means over its seeds."""
+    """Returns a point for each method, budget and sweep: means over seeds."""
     found, keys = [], ("method", "budget", "sweep")
     for labels, of_point in replace(seen, rows=rows).grouped(keys):
         done = [row for row in of_point if seen.value(row) is not None]
@@ -45,7 +48,7 @@ def _points(
 def is_pareto(points: Sequence[tuple[float, float]], less_is_better: bool = False) -> list[bool]:
     """Marks the (cost, value) pairs that no other pair beats.
 
-    A pair is beaten by one that costs no more, is no worse, and is better in one of them.
+    A pair beats another if it costs no more, is no worse, and is better in one of the two.
 
     >>> is_pareto([(1, 0.5), (2, 0.7), (3, 0.6), (2, 0.7)])
     [True, True, False, True]
@@ -56,7 +59,7 @@ def is_pareto(points: Sequence[tuple[float, float]], less_is_better: bool = Fals
 
 
 def cost_to_target(seen: ResultView, shares: Sequence[float]) -> list[Target]:
-    """Returns the methods that reach each share in each condition, and their cost."""
+    """Returns, for each condition and share, the methods' costs to reach it."""
     found = []
     for labels, rows in seen.grouped(CONDITION):
         ends = {row.seed: getattr(row.curve[-1], seen.figure) for row in rows if row.method == UPPER and row.curve}
@@ -97,7 +100,7 @@ def _of_method(rows: Sequence[CellResult], goals: Mapping[int, float], figure: s
 
 
 def first_reaching(curve: Sequence[Point], figure: str, goal: float, less_is_better: bool) -> Point | None:
-    """Returns the first point at or beyond the goal; None if no point is. Nothing is interpolated."""
+    """Returns the first point at or beyond the goal, without interpolation; None if there is none."""
     for point in curve:
         value = getattr(point, figure)
         if value is not None and (value <= goal if less_is_better else value >= goal):

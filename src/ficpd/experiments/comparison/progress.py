@@ -1,4 +1,4 @@
-"""Shows the progress of a comparison: bars on a terminal, one line a run in a file."""
+"""Shows the progress of a comparison: bars on a terminal, else one line a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class ProgressDisplay:
-    """`planned` comes before the first event. A run counts by the rounds that it has done: the time left is no staircase."""
+    """Shows events. Call `planned` before the first event.
+
+    A run counts by its finished rounds, so that the estimate of the time left is smooth."""
 
     def __init__(self, console: Console, errors: Console):
         self.console, self.errors = console, errors

@@ -1,6 +1,6 @@
-"""Runs the cells of a comparison on Ray actors. An actor that dies costs the run that it is at, and no other.
+"""Runs the cells of a comparison on Ray actors. If an actor dies, only its current run fails.
 
-A run's directory travels to the actor and back as an archive, so that machines need no common folder.
+A run's directory is sent to the actor and back as an archive, so machines need no common folder.
 """
 
 import io
@@ -22,20 +22,20 @@ from ficpd.experiments.comparison.workers import Event, Job, next_job, run_job, 
 from ficpd.federation.ray_actors import Actors, Handle, Room, connect
 
 WAIT_SECONDS = 300.0
-"""Longest wait for the first actor."""
+"""The maximum time to wait for the first actor."""
 LOOK = 0.5
-"""Seconds between two looks at events."""
+"""The seconds between two polls of the events."""
 
 
 class Cells:
-    """The process of an actor: it keeps one backbone and one set of records, as a worker process does."""
+    """The process of an actor. It keeps one backbone and one set of records, like a worker process."""
 
     def load(self, folders: list[str]) -> None:
         sys.path += [folder for folder in folders if folder not in sys.path]
         self.contexts = ContextCache()
 
     def run(self, job: Job, before: bytes, events: Any) -> tuple[RunOutcome, bytes]:
-        """Runs a cell, or goes on with it; returns its outcome and its directory. `events`: a queue."""
+        """Runs or continues a cell. Returns its outcome and its directory as an archive. `events`: a queue."""
         warnings.showwarning = lambda message, *where, **more: events.put({"warning": str(message)})
         with tempfile.TemporaryDirectory(prefix="ficpd-cell-") as name:
             folder = Path(name)
@@ -51,7 +51,7 @@ class Cells:
 def run_jobs_on_ray(
     jobs: Sequence[Job], folder: Path, address: str | None, gpus: float, seen: Callable[[Event], None]
 ) -> None:
-    """Runs all jobs, one on each CPU (each GPU) of the cluster, and calls `seen` with every event.
+    """Runs all jobs, one on each CPU (or GPU) of the cluster, and calls `seen` with every event.
 
     An exception, also `KeyboardInterrupt`, ends the actors.
     """
@@ -91,7 +91,7 @@ def run_jobs_on_ray(
 
 
 def ray_address(jobs: str) -> str | None:
-    """Returns the cluster of `--jobs`; None: `RAY_ADDRESS`, else this machine.
+    """Returns the cluster of `--jobs` (None: `RAY_ADDRESS`, else this machine). Raises `ConfigError`.
 
     >>> ray_address("ray://10.0.0.1:10001"), ray_address("ray")
     ('ray://10.0.0.1:10001', None)
@@ -107,7 +107,7 @@ def _show(events: Any, seen: Callable[[Event], None]) -> None:
 
 
 def pack(folder: Path, key: str | None = None) -> bytes:
-    """Returns a run's directory, or all of a folder, as a compressed archive."""
+    """Returns a run's directory (`key`), or a whole folder, as a compressed archive."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
         for path in sorted(folder.iterdir()):
@@ -117,7 +117,7 @@ def pack(folder: Path, key: str | None = None) -> bytes:
 
 
 def unpack(content: bytes, folder: Path) -> None:
-    """Writes an archive's files with their modes; a directory in it replaces the one in the folder."""
+    """Writes an archive's files with their modes. Its directories replace those in the folder."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for name in {member.name.partition("/")[0] for member in archive}:
             shutil.rmtree(folder / name, ignore_errors=True)

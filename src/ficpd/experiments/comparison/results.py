@@ -1,4 +1,4 @@
-"""Reads the runs of a comparison's folder as cells of `compare.json`, each at its budget."""
+"""Reads the runs in a comparison's folder as cells of `compare.json`, each cut at its budget."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ CELLS = "cells"
 def result_rows(
     cells: Sequence[Cell], keys: Mapping[str, str], outcomes: Mapping[str, RunOutcome | None]
 ) -> list[CellResult]:
-    """Returns all cells in the plan's order. Raises `RunError` where cells that should hold the same records do not."""
+    """Returns all cells in the plan's order. Raises `RunError` if cells that must have the same records do not."""
     found = [_row(cell, keys[cell.hash], outcomes[cell.hash]) for cell in cells]
     _check_fair(cells, found)
     return found
@@ -33,7 +33,7 @@ def _row(cell: Cell, key: str, outcome: RunOutcome | None) -> CellResult:
 
 
 def truncate_to_budget(row: CellResult, limits: Mapping[str, float]) -> CellResult:
-    """Returns the cell at the last evaluated round that its bytes and queries pay for."""
+    """Returns the cell at the last evaluated round within its budget of bytes and queries, or a refused cell."""
     if "queries" in limits and any(point.queries is None for point in row.curve):
         return _refused(row, "its queries were not counted, so no budget of them can be kept")
     paid = [point for point in row.curve if all(getattr(point, cost) <= most for cost, most in limits.items())]
@@ -62,7 +62,7 @@ def _refused(row: CellResult, reason: str) -> CellResult:
 
 
 def _check_fair(cells: Sequence[Cell], found: Sequence[CellResult]) -> None:
-    """Checks that all methods of a condition and seed had the same records per client."""
+    """Raises `RunError` unless all methods of a condition and seed had the same records per client."""
     seen: dict[tuple, CellResult] = {}
     for cell, row in zip(cells, found, strict=True):
         if row.data is None:
@@ -76,7 +76,7 @@ def _check_fair(cells: Sequence[Cell], found: Sequence[CellResult]) -> None:
 
 
 def run_keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
-    """Maps each hash to its run's KEY: that of the existing folder or outcome, else the first cell's name."""
+    """Maps each hash to its run's KEY: the existing folder or outcome, else the first cell's `readable` name."""
     entries = [entry for entry in (folder / CELLS).glob("*") if entry.is_dir() or entry.suffix == ".json"]
     there = {name.rsplit("-", 1)[-1]: name for name in sorted(entry.name.removesuffix(".json") for entry in entries)}
     found: dict[str, str] = {}
@@ -86,7 +86,7 @@ def run_keys(folder: Path, cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def load_result(folder: Path, key: str) -> RunOutcome | None:
-    """Reads `KEY.json`; None if there is none. Raises `RunError` for one of another version: one table must not mix them."""
+    """Reads `KEY.json`; None if it is missing. Raises `RunError` for another version: a table must not mix versions."""
     file = folder / CELLS / f"{key}.json"
     found = RunOutcome.read(file) if file.exists() else None
     if found and found.ficpd != __version__:

@@ -22,13 +22,13 @@ from ficpd.types import ClientCard, ClientData, FederationInfo, Score
 
 
 class ContextCache:
-    """Keeps the last context: most cells need the same records and backbone as the one before."""
+    """Keeps the last context, because most cells need the records and the backbone of the previous cell."""
 
     def __init__(self) -> None:
         self.ground, self.context, self.floor = "", None, None
 
     def of(self, experiment: Experiment, ground: str) -> ExperimentContext:
-        """Returns the context of an experiment. The old one is freed before the next is built."""
+        """Returns the context of an experiment. Frees the old context before it builds another."""
         if self.context is None or ground != self.ground:
             self.ground, self.context, self.floor = ground, None, None
             gc.collect()
@@ -37,7 +37,7 @@ class ContextCache:
         return with_config(self.context, experiment)
 
     def zero_shot(self, context: ExperimentContext) -> Score | None:
-        """Returns the frozen backbone's score on these records. It is computed once."""
+        """Returns the frozen backbone's score on these records, computed once."""
         if self.floor is None:
             method = build_method(context, {"name": "zero_shot"})
             cards = [ClientCard(name, shard.metadata) for name, shard in context.shards.items()]
@@ -49,7 +49,7 @@ class ContextCache:
 def run_cell(
     experiment: Experiment, key: str, ground: str, folder: Path, contexts: ContextCache, progress: Progress
 ) -> RunOutcome:
-    """Runs the cell in `folder/key`, or goes on with it. A setting that is refused leaves no directory."""
+    """Runs or continues the cell in `folder/key`. A refused setting leaves no directory."""
     directory = RunDir(folder / key)
     directory.check(to_toml(experiment), resume=True)
     context = contexts.of(directory.resolved(experiment), ground)
@@ -64,7 +64,7 @@ def outcome_of(key: str, result: RunResult, rounds: Sequence[Round], data: str) 
     """Returns the outcome of a finished run for a comparison."""
     scores, main, curve = result.scores, result.main, curve_of(result, rounds)
     last = curve[-1]
-    diverged = "its figure is no number: the tuning went astray; try a smaller learning rate"
+    diverged = "its figure is no number: the tuning diverged; try a smaller learning rate"
     return RunOutcome(
         ficpd=__version__,
         key=key,
@@ -87,7 +87,7 @@ def outcome_of(key: str, result: RunResult, rounds: Sequence[Round], data: str) 
 
 
 def curve_of(result: RunResult, rounds: Sequence[Round]) -> list[Point]:
-    """Returns the rounds that were evaluated and, last, the end of the run, with the sums up to each."""
+    """Returns the evaluated rounds and the end of the run, each with the sums of costs up to it."""
     scores, metric = result.scores, result.main.name
     up = [0, *accumulate(done.bytes_up for done in rounds)]
     down = [0, *accumulate(done.bytes_down for done in rounds)]
@@ -111,12 +111,12 @@ def curve_of(result: RunResult, rounds: Sequence[Round]) -> list[Point]:
 
 
 def finite(value: float | None) -> float | None:
-    """Keeps finite numbers only, as JSON has no others."""
+    """Returns a finite number, else None: JSON has no infinity and NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def data_of(shards: Mapping[str, ClientData]) -> str:
-    """Hashes the records of each client. Equal grounds have equal hashes unless a file changed."""
+    """Hashes the records of each client. Cells of one ground have equal hashes, unless a file changed."""
     hashed = hashlib.sha256()
     for name, shard in sorted(shards.items()):
         for part, records in (("train", shard.train), ("test", shard.test)):

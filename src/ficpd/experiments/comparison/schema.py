@@ -1,8 +1,8 @@
 """Defines the results of a comparison: `cells/KEY.json` of one run, and `compare.json` of all.
 
-A *cell* is one point of the grid: method, task, partition, budget, sweep, seed. A *setting* is partition, budget and sweep
-together: all that a researcher fixes before comparing methods. A *condition* is a setting on one task. Shares (accuracy, F1)
-are 0..1; `null` means that there is none.
+A *cell* is one point of the grid: method, task, partition, budget, sweep, seed. A *setting* is a partition, a budget and a
+sweep: it is fixed before methods are compared. A *condition* is a setting on one task. Shares (accuracy, F1) are from 0 to
+1; `null`: no value.
 """
 
 from pathlib import Path
@@ -23,11 +23,11 @@ class Figures(FrozenModel):
     everyone: float | None
     """One prompt on all test records; None if the method shares no prompt."""
     worst: float | None
-    """The worst client's own."""
+    """The `own` figure of the worst client."""
 
 
 class BytesOfAll(FrozenModel):
-    """Bytes of all clients and rounds, as encoded."""
+    """The encoded bytes of all clients and rounds."""
 
     up: int
     down: int
@@ -35,7 +35,7 @@ class BytesOfAll(FrozenModel):
 
 
 class Point(FrozenModel):
-    """An evaluated round, and the sums from the first round on."""
+    """An evaluated round, and the costs summed from the first round to it."""
 
     round: int
     own: float | None
@@ -57,27 +57,27 @@ class RunFigures(FrozenModel):
     rounds: int | None = None
     bytes: BytesOfAll | None = None
     queries: int | None = None
-    """Candidate prompts times records, of all clients; None if they were not counted."""
+    """Candidate prompts times records, summed over all clients; None: not counted."""
     gradients: int | None = None
-    """How many queries of the whole run asked for a gradient."""
+    """The number of queries with gradients in the whole run."""
     seconds: float | None = None
-    """Training and aggregation."""
+    """The time of training and aggregation."""
     epsilon: float | None = None
-    """Spent in the whole run; 0: nothing leaves the clients; None: no guarantee."""
+    """The ε spent in the whole run; 0: nothing leaves the clients; None: no guarantee."""
     guarantee: str | None = None
-    """The same in words."""
+    """The guarantee in a phrase."""
     stopped: str | None = None
     """Why the run ended before its last round."""
     per_client: dict[str, float | None] = {}
     """Each client's own figure at the end of the run."""
     data: str | None = None
-    """SHA-256 of who holds which records: equal in all cells of one condition and seed."""
+    """The SHA-256 of all clients' records, equal in all cells of a condition and seed."""
     curve: list[Point] = []
-    """Every evaluated round, the last one included."""
+    """Every evaluated round, and the last one."""
 
 
 class RunOutcome(RunFigures):
-    """`cells/KEY.json`."""
+    """The outcome of one run (`cells/KEY.json`)."""
 
     ficpd: str
     """The version of the package."""
@@ -85,12 +85,12 @@ class RunOutcome(RunFigures):
     status: Literal["done", "refused", "failed"]
     """`refused`: the method cannot run in this cell."""
     reason: str | None = None
-    """Why there is no figure."""
+    """The reason for a missing figure."""
     metric: Metric | None = None
 
 
 class CellResult(RunFigures):
-    """A cell of `compare.json`: a run, or its rounds within the budget of bytes or queries."""
+    """A cell of `compare.json`: a run, or its rounds within a budget of bytes or queries."""
 
     method: str
     task: str
@@ -101,35 +101,35 @@ class CellResult(RunFigures):
     status: Literal["done", "refused", "failed", "missing"]
     reason: str | None = None
     key: str
-    """The run's folder; cells that ask for the same run share it."""
+    """The run's folder. Cells with the same run share it."""
     at_round: int | None = None
     """The round of the figures; 0 for a method without rounds."""
 
 
 class Against(FrozenModel):
-    """A method against the reference, in pairs of the same seed (and task)."""
+    """A method compared with the reference, in pairs of the same seed (and task)."""
 
     pairs: int
     difference: float | None
-    """Mean of method minus reference, in the metric's own units."""
+    """The mean of method minus reference, in the metric's units."""
     interval: Interval | None
     p: float | None
-    """Two-sided."""
+    """The two-sided p-value; None without a test."""
     p_holm: float | None = None
-    """After Holm's correction over the methods of the condition or setting, baselines too."""
+    """The p-value with Holm's correction over all methods and baselines of the condition or setting."""
     why: str | None
-    """Why there is no test."""
+    """The reason for a missing test."""
 
 
 class Summary(FrozenModel):
-    """A method in one condition; means over seeds."""
+    """A method in one condition. Its values are means over seeds."""
 
     n: int
-    """Finished seeds."""
+    """The number of finished seeds."""
     mean: float | None
     sd: float | None
     interval: Interval | None
-    """Student's t, within the metric's bounds; None below three seeds."""
+    """The interval of Student's t, within the metric's bounds; None with fewer than three seeds."""
     everyone: float | None
     worst: float | None
     bytes: float | None
@@ -152,9 +152,9 @@ class Condition(FrozenModel):
 
 class MethodRank(FrozenModel):
     rank: float | None
-    """The mean over tasks, 1 the best; None if a task lacks the method."""
+    """The mean over the `ranked` tasks (1: the best); None for baselines and for methods without a figure."""
     against: Against | None
-    """Over seeds and tasks; None for the reference."""
+    """The comparison over seeds and tasks; None for the reference."""
 
 
 class Friedman(FrozenModel):
@@ -168,13 +168,13 @@ class Setting(FrozenModel):
     sweep: Sweep
     methods: dict[str, MethodRank]
     ranked: list[str]
-    """The tasks where every ranked method has a figure; baselines are not ranked."""
+    """The tasks in which every ranked method has a figure. Baselines are not ranked."""
     friedman: Friedman | None
-    """None of fewer than three methods or two tasks."""
+    """None for fewer than three methods or two tasks, and for equal figures."""
 
 
 class FrontPoint(FrozenModel):
-    """Means over seeds."""
+    """A point of a front: means over seeds."""
 
     method: str
     budget: str
@@ -185,7 +185,7 @@ class FrontPoint(FrozenModel):
 
 
 class Front(FrozenModel):
-    """The figure against one cost. Methods without that cost are left out."""
+    """The figures against one cost. Methods without that cost are left out."""
 
     task: str
     partition: str
@@ -194,7 +194,7 @@ class Front(FrozenModel):
 
 
 class Reached(FrozenModel):
-    """The first evaluated round at or beyond a target, and the sums up to it."""
+    """The first evaluated round at or beyond a target, and the costs up to it."""
 
     seed: int
     round: int
@@ -206,10 +206,10 @@ class Reached(FrozenModel):
 
 
 class MethodTarget(FrozenModel):
-    """The costs are medians over seeds if all of them reached the target, else None."""
+    """A method's costs to reach a target: medians over seeds, or None unless all seeds reached it."""
 
     seeds: list[Reached | None]
-    """In the order of `of`; None: not reached."""
+    """In the order of `of` (None: the target was not reached)."""
     of: list[int]
     reached: int
     rounds: float | None
@@ -226,9 +226,9 @@ class Target(FrozenModel):
     budget: str
     sweep: Sweep
     share: float
-    """Share of the centralised line's final figure."""
+    """The share of the centralised line's final figure."""
     target: float | None
-    """The mean over seeds of the figure to reach; each seed has its own."""
+    """The figure to reach: the mean of the seeds' targets."""
     methods: dict[str, MethodTarget]
 
 
@@ -237,7 +237,7 @@ class MethodInfo(FrozenModel):
     line: bool
     private: bool
     settings: dict[str, Any]
-    """Settings that differ from the recipe."""
+    """The settings that differ from the recipe."""
 
 
 class TaskInfo(FrozenModel):
@@ -248,7 +248,7 @@ class TaskInfo(FrozenModel):
 
 
 class BudgetInfo(FrozenModel):
-    """None: not limited."""
+    """The limits of a budget (None: not limited)."""
 
     epsilon: float | None
     rounds: float | None
@@ -257,12 +257,12 @@ class BudgetInfo(FrozenModel):
 
 
 class ComparisonResult(FrozenModel):
-    """`compare.json`. A *line* is a method that is always there: zero_shot, local, centralized (without privacy)."""
+    """The content of `compare.json`. A *line* is a baseline of every comparison: zero_shot, local, centralized."""
 
     ficpd: str
     name: str
     figure: Literal["own", "everyone"]
-    """Which of `Figures` is compared."""
+    """The compared field of `Figures`."""
     reference: str
     """The method that the others are tested against."""
     lines: list[str]
@@ -272,21 +272,21 @@ class ComparisonResult(FrozenModel):
     """In the order of the tables."""
     tasks: dict[str, TaskInfo]
     partitions: dict[str, dict[str, Any]]
-    """As in the recipe; {}: the task's own."""
+    """The recipe's section `partition` by label; {}: not changed."""
     budgets: dict[str, BudgetInfo]
     sweeps: dict[str, list[Any]]
-    """Sweeps of `method.*` are methods of their own, such as "ficpd num_prototypes=5"."""
+    """The values by setting. Sweeps of `method.*` are separate methods, such as "ficpd num_prototypes=5"."""
     cells: list[CellResult]
     conditions: list[Condition]
     settings: list[Setting]
     fronts: list[Front]
     targets: list[Target]
     counts: dict[str, int]
-    """Cells by status."""
+    """The number of cells by status."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a comparison's folder, or the file itself. Raises `RunError` if it is none, or of another version."""
+        """Reads a comparison's folder or file. Raises `RunError` if there is none, or if it has another version."""
         file = path / COMPARISON if path.is_dir() else path
         if not file.is_file():
             raise RunError(

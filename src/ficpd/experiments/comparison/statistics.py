@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
-"""Student's interval of two values is too wide to tell anything."""
+"""With fewer values, Student's interval is too wide to be useful."""
 
 
 class MeanCI(NamedTuple):
@@ -25,7 +25,7 @@ class MeanCI(NamedTuple):
 
 
 def mean_ci(values: Sequence[float]) -> MeanCI:
-    """Returns mean, standard deviation (n - 1), and Student's interval, which needs three values.
+    """Returns the mean, the standard deviation (n - 1), and Student's interval (None below three values).
 
     >>> found = mean_ci([1.0, 2.0, 3.0])
     >>> found.mean, found.sd, [round(end, 3) for end in found.interval]
@@ -44,7 +44,7 @@ def mean_ci(values: Sequence[float]) -> MeanCI:
 
 
 def paired_test(own: Sequence[float], other: Sequence[float], reference: str) -> Against:
-    """Compares a method with the reference, in pairs of the same seed (and task); `p_holm` is still open."""
+    """Compares a method with the reference, in pairs of the same seed (and task), without `p_holm`."""
     differences = [one - two for one, two in zip(own, other, strict=True)]
     found = mean_ci(differences)
     p, why = p_of(own, other) if differences else (None, f"no pair of finished cells with {reference}")
@@ -52,7 +52,7 @@ def paired_test(own: Sequence[float], other: Sequence[float], reference: str) ->
 
 
 def p_of(own: Sequence[float], other: Sequence[float]) -> tuple[float | None, str | None]:
-    """Returns the two-sided p of a paired t-test, or why there is none."""
+    """Returns the two-sided p-value of a paired t-test, or None and the reason for a missing test."""
     differences = np.subtract(own, other)
     if len(differences) < 2:
         return None, "one pair is too few"
@@ -77,7 +77,7 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def apply_holm(found: Mapping[str, Against | None]) -> dict[str, Against | None]:
-    """Adds `p_holm` over all methods that were tested, baselines too."""
+    """Adds `p_holm` over all tested methods and baselines."""
     corrected = holm({label: one.p for label, one in found.items() if one and one.p is not None})
     return {label: one and one.model_copy(update={"p_holm": corrected.get(label)}) for label, one in found.items()}
 
@@ -85,7 +85,8 @@ def apply_holm(found: Mapping[str, Against | None]) -> dict[str, Against | None]
 def mean_ranks(table: "DataFrame", less_is_better: Callable[[str], bool]) -> tuple[dict[str, float], Friedman | None]:
     """Returns the mean rank of each method (column) over tasks (rows), and Friedman's test of a difference.
 
-    Rank 1 is the best, and ties share. The test is None for fewer than three methods or two tasks, or equal ranks.
+    Rank 1 is the best; ties get their mean rank. The test is None for fewer than three methods or two tasks, or if all
+    ranks are equal.
     """
     if table.empty:
         return {}, None

@@ -25,7 +25,7 @@ CONDITION = ("task", *SETTING)
 
 @dataclass(frozen=True)
 class ResultView:
-    """The grid, and how it is compared: the `figure` of a cell, `reference`; `metrics` by task."""
+    """The cells of a grid, with the compared `figure`, the `reference`, and the `metrics` by task."""
 
     rows: Sequence[CellResult]
     methods: Sequence[str]
@@ -38,7 +38,7 @@ class ResultView:
         return [label for label in self.methods if label in REFERENCE_METHODS]
 
     def value(self, row: CellResult) -> float | None:
-        """Returns the figure that is compared; None where there is none."""
+        """Returns the compared figure of a cell; None without one."""
         return None if row.figures is None else getattr(row.figures, self.figure)
 
     def less_is_better(self, task: str) -> bool:
@@ -89,7 +89,7 @@ def _summary(
     done = [row for row in rows if seen.value(row) is not None]
     ends = [row.curve[-1] for row in done]
     found = statistics.mean_ci([value for row in done if (value := seen.value(row)) is not None])
-    if found.interval:  # Student's knows no bounds
+    if found.interval:  # Student's interval has no bounds
         found = found._replace(interval=tuple(min(max(end, bounds[0]), bounds[1]) for end in found.interval))
     figures = [row.figures or Figures(own=None, everyone=None, worst=None) for row in done]
     return Summary(
@@ -116,13 +116,13 @@ def _tests(seen: ResultView, by_method: Mapping[str, Sequence[CellResult]]) -> d
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """Returns None if any value is None."""
+    """Returns the mean; None for no values, or if any value is None."""
     known = [one for one in values if one is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _against(seen: ResultView, own: Sequence[CellResult], other: Sequence[CellResult]) -> Against:
-    """Compares in pairs of the same task and seed, where both have a figure."""
+    """Compares a method with the reference in pairs of one task and seed, if both have a figure."""
     values = {(row.task, row.seed): value for row in other if (value := seen.value(row)) is not None}
     mine = {(row.task, row.seed): value for row in own if (value := seen.value(row)) is not None}
     both = [place for place in mine if place in values]
@@ -131,7 +131,7 @@ def _against(seen: ResultView, own: Sequence[CellResult], other: Sequence[CellRe
 
 
 def _ranks(seen: ResultView, rows: Sequence[CellResult]) -> tuple[dict[str, float], list[str], Friedman | None]:
-    """Ranks over the tasks in which every method that has any figure has one: its mean over seeds."""
+    """Ranks methods by their means over seeds, on the tasks in which every method with a figure has one."""
     import pandas as pd
 
     figures = [

@@ -1,4 +1,4 @@
-"""Runs the worker processes of a comparison. A worker that dies costs its current run only."""
+"""Runs the worker processes of a comparison. If a worker dies, only its current run fails."""
 
 import os
 import signal
@@ -23,15 +23,15 @@ from ficpd.experiments.config import parse
 from ficpd.registry import SEARCHED
 
 Event = Mapping[str, Any]
-"""{"key", "method", "done", "planned", "figures"} of a round, {"warning"}, or {"key", "status", "reason"} of a run's end."""
+"""A round: {"key", "method", "done", "planned", "figures"}; a {"warning"}; or a run's end: {"key", "status", "reason"}."""
 CANNOT = (ConfigError, PrivacyError, BackboneError)
-"""Errors of a method that cannot run in its cell. The whole file was checked before."""
+"""Errors of a method that cannot run in its cell. The file itself is valid."""
 SPAWN = get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One missing run. Jobs of equal `ground` need the same records and backbone."""
+    """One missing run. Jobs with the same `ground` need the same records and backbone."""
 
     key: str
     experiment: str
@@ -39,7 +39,7 @@ class Job:
 
 
 class Worker:
-    """A process without Ctrl-C, the job that it is at, and the ground in its memory."""
+    """A process that ignores Ctrl-C, its current job, and the ground in its memory."""
 
     def __init__(self, folder: Path, threads: int):
         self.job: Job | None = None
@@ -55,7 +55,7 @@ class Worker:
 
     def give(self, job: Job) -> None:
         self.job, self.ground = job, job.ground
-        with suppress(OSError):  # a dead worker is seen when its answer is read
+        with suppress(OSError):  # a dead worker is detected when its answer is read
             self.end.send(job)
 
 
@@ -99,9 +99,9 @@ def run_jobs(
 
 
 def next_job(left: Sequence[Job], own: str | None, taken: set[str | None]) -> Job:
-    """Chooses a worker's next job.
+    """Returns a worker's next job.
 
-    It is of the ground in its memory, else of the largest ground that no worker has, else of the largest.
+    It has the ground in the worker's memory, else the largest ground that no worker has, else the largest.
 
     >>> jobs = [Job("a", "", "1"), Job("b", "", "1"), Job("c", "", "2")]
     >>> [next_job(jobs, *who).key for who in (("2", {"2"}), (None, {"1"}), (None, set()), ("3", {"1", "2", "3"}))]
@@ -113,27 +113,27 @@ def next_job(left: Sequence[Job], own: str | None, taken: set[str | None]) -> Jo
 
 
 def _died(worker: Worker, folder: Path) -> Event:
-    """Writes the outcome of the run that the dead process was at."""
+    """Writes the outcome of a dead process's current run; returns its event."""
     assert worker.job is not None
     worker.process.join()
     key, code = worker.job.key, worker.process.exitcode or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     if code == -signal.SIGKILL:
-        how += "; most often the machine had no memory left: try fewer --jobs"
+        how += "; most likely the memory ran out: try fewer --jobs"
     reason = f"its process {how} (see {key}.log)"
     return write_outcome(RunOutcome(ficpd=__version__, key=key, status="failed", reason=reason), folder)
 
 
 def write_outcome(outcome: RunOutcome, folder: Path) -> Event:
-    """Writes a run's outcome to the folder of the cells; returns the event of its end."""
+    """Writes a run's outcome to the folder of the cells. Returns the event of its end."""
     outcome.write(folder / f"{outcome.key}.json")
     return outcome.model_dump(include={"key", "status", "reason"})
 
 
 def work(jobs: Connection, folder: Path, threads: int, modules: list[str]) -> None:
-    """Runs the jobs that arrive, and sends events. The process ends with its parent.
+    """Runs the received jobs and sends events, until the parent process ends.
 
-    `modules`: the folders in which dotted names are found.
+    modules: the folders with the modules of dotted names.
     """
     import torch
     from threadpoolctl import threadpool_limits
@@ -171,7 +171,7 @@ def _end_with_parent() -> None:
 
 
 def run_job(job: Job, folder: Path, contexts: ContextCache, send: Callable[[Event], None]) -> RunOutcome:
-    """Returns the run's outcome, also of a run that raised. Prints the traceback of an unexpected error."""
+    """Returns the run's outcome, also if it raised. Prints the traceback of an unexpected error."""
     key = job.key
 
     def progress(method: str, done: int, planned: int, figures: dict[str, float]) -> None:

@@ -1,1 +1,1 @@
-"""`ficpd report`: a run, or a comparison, as one HTML file that needs nothing else."""
+"""The report of a run or a comparison: one HTML file without external parts (`ficpd report`)."""

@@ -13,9 +13,11 @@ NUMBER = re.compile(r"^none$|^[-–+<]?\s?([\d.,]+)?\s?(%|\[.*\]|[kMG]?B)?\s?[�
 
 @dataclass(frozen=True)
 class Table:
-    """Holds the words of a table; the first cell of a line is its heading.
+    """The texts of a table. The first cell of a row is its heading.
 
-    `marked`: the lines that the page is about. `note`: a sentence below the table. `folded`: to unfold.
+    marked: the rows that the page is about.
+    note: a sentence below the table.
+    folded: hidden until the reader unfolds it.
     """
 
     caption: str
@@ -28,7 +30,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Returns the columns of numbers or dashes, which are aligned right.
+        """Returns, for each column, whether it has only numbers or dashes. Such columns are aligned right.
 
         >>> Table("", ["name", "share"], [["a", "81.2 [80, 83] ▲"], ["b", "–"]]).numeric
         [False, True]
@@ -52,14 +54,14 @@ class Figure:
 
     @property
     def alt(self) -> str:
-        """Describes the plot to a screen reader: the first lines of its numbers."""
+        """Describes the plot for a screen reader: the first rows of its numbers."""
         lines = "; ".join(" ".join(line) for line in self.numbers.cells[:8])
         return f"{self.numbers.caption}. {', '.join(self.numbers.heads[1:])}: {lines}."
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `alarm`: one that must not be overlooked; `strong`: the sentence that counts, on a terminal."""
+    """A paragraph. `alarm`: must not be overlooked. `strong`: the main sentence, bold on a terminal."""
 
     words: str
     alarm: bool = False
@@ -69,7 +71,7 @@ class Text:
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Names and values, a line each. `large`: figures to show first."""
+    """Names and values, one pair a line. `large`: the figures to show first."""
 
     pairs: Sequence[tuple[str, str]]
     large: bool = False
@@ -78,7 +80,7 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy. `folded`: a file to unfold."""
+    """Text to copy. `folded`: hidden until the reader unfolds it."""
 
     title: str
     words: str
@@ -88,7 +90,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Downloads:
-    """Files that the page has in it, by name."""
+    """Files that the page contains, by name."""
 
     files: dict[str, str]
     kind: Literal["files"] = "files"
@@ -96,7 +98,7 @@ class Downloads:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts to read under one heading, each with a few words about it."""
+    """Texts under one heading, each with a short remark."""
 
     title: str
     texts: Sequence[tuple[str, str]]
@@ -108,7 +110,7 @@ Block = Table | Figure | Text | KeyValues | Code | Downloads | Examples
 
 @dataclass(frozen=True)
 class Section:
-    """`folded`: why it says little of this run; it is there to unfold."""
+    """Blocks under one title. `folded`: why the section is hidden until the reader unfolds it; "": it is shown."""
 
     id: str
     title: str
@@ -118,7 +120,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """`headline`: the result in one sentence; `lead`: the other blocks of the first screen."""
+    """A report. `headline`: the result in one sentence. `lead`: the other blocks of the first screen."""
 
     title: str
     headline: str

@@ -1,4 +1,4 @@
-"""Builds the page of a directory of a run or a comparison."""
+"""Builds the page of a run or a comparison from its directory."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from ficpd.storage import atomic_write
 
 
 def write_page(directory: Path, out: Path | None = None) -> Path:
-    """Writes one HTML file of a run or a comparison (default: `report.html` in the directory).
+    """Writes one HTML file for a run or a comparison (default: `report.html` in the directory).
 
-    Raises `RunError` for another directory.
+    Raises `RunError` if the directory has neither.
     """
     directory = Path(directory)
     return atomic_write(out or directory / PAGE, render(page_of(directory)))
@@ -73,12 +73,12 @@ def of_comparison(tree: ComparisonResult, text: str) -> Page:
 
 
 def non_empty(*sections: Section | None) -> list[Section]:
-    """Returns the sections that have something to show."""
+    """Returns the sections with at least one block."""
     return [section for section in sections if section and section.blocks]
 
 
 def write_tables(directory: Path, page: Path, csv: bool, latex: bool) -> dict[str, Path]:
-    """Writes the tables as CSV or LaTeX next to the page and under its name."""
+    """Writes the tables as CSV or LaTeX next to the page, under its name. Returns the files by kind."""
     directory, found = Path(directory), {}
     if not (csv or latex):
         return found

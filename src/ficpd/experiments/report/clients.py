@@ -21,7 +21,7 @@ def clients(run: FinishedRun) -> Section | None:
 
 
 def _shared_scores(own: RunResult) -> Section | None:
-    """Shows the scores that sites share."""
+    """Shows the scores that sites shared."""
     kinds = sorted({kind for scores in own.shared_scores.values() for kind in scores})
     cells = []
     for kind in kinds:
@@ -44,7 +44,7 @@ def _worst_tenths(run: FinishedRun) -> list[Table]:
             continue
         if result.label == run.result.label:
             marked.add(len(cells))
-            note += " Of so few clients they are too narrow." if 1 < found.clients < 10 else ""
+            note += " With so few clients they are too narrow." if 1 < found.clients < 10 else ""
         cells.append([
             result.label, format_number(found.mean, main, found.mean_interval),
             format_number(found.worst_tenth, main, found.worst_tenth_interval),
@@ -96,7 +96,7 @@ def levels(run: FinishedRun) -> Section | None:
     if unseen:
         blocks.append(Text(
             f"Clients that took no part: {format_score(unseen.global_prompt, main)}{main.unit} with the global prompt, "
-            f"{format_score(unseen.assigned, main)}{main.unit} with the one that their card gets them."
+            f"{format_score(unseen.assigned, main)}{main.unit} with the prompt assigned to their card."
         ))  # fmt: skip
     return Section("levels", "Shared and personal prompts", blocks)
 
@@ -107,8 +107,8 @@ def groups(run: FinishedRun) -> Section | None:
         return None
     blocks: list[Block] = [Text(
         f"The largest gaps between groups by {fairness.column}, in points; own prompts, own test records. Where base "
-        "rates differ, demographic parity contradicts accuracy: read it together with equalised odds. An interval is of "
-        "the two groups named. They were picked for differing most, so of many groups or answers it is too narrow."
+        "rates differ, demographic parity contradicts accuracy: read it together with equalised odds. An interval is for "
+        "the two named groups. They have the largest gap, so with many groups or answers the interval is too narrow."
     )]  # fmt: skip
     for task, found in fairness.groups.items():
         cells = [
@@ -128,7 +128,7 @@ def groups(run: FinishedRun) -> Section | None:
 
 
 def _format_gap(gap: Gap | None) -> str:
-    """Describes a gap between two groups, with its interval or the reason why there is none."""
+    """Describes a gap between two groups, with its interval or the reason for a missing one."""
     if gap is None:
         return "no two groups to compare"
     what = f"; answer {gap.label!r}" + (f" among {gap.among}" if gap.among else "") if gap.label is not None else ""

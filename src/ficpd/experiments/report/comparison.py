@@ -16,18 +16,18 @@ from ficpd.experiments.report.overview import described, with_unit
 from ficpd.library.card import join_names
 
 MOST_FIGURES, MOST_NAMES = 12, 8
-"""Limits of a headline: a large grid has its numbers in tables."""
+"""The maximum numbers of figures and of names in a headline. A large grid has more in its tables."""
 EPSILON = "privacy.epsilon"
 
 
 def places_of(tree: ComparisonResult) -> dict[str, int]:
-    """Returns the place of each method's colour and symbol in every figure: the reference the first."""
+    """Returns the index of each method's colour and symbol in all figures. The reference is the first."""
     others = [label for label in tree.methods if label != tree.reference]
     return {label: place for place, label in enumerate([tree.reference, *others])}
 
 
 def finished(tree: ComparisonResult) -> list[tuple[Condition, Metric]]:
-    """Returns the conditions of which anything is known, and the figure of their task."""
+    """Returns the conditions with at least one finished cell, and the metric of their task."""
     found = [(at, tree.tasks[at.task].metric) for at in tree.conditions]
     return [(at, metric) for at, metric in found if metric and any(of.n for of in at.methods.values())]
 
@@ -36,7 +36,7 @@ def finished(tree: ComparisonResult) -> list[tuple[Condition, Metric]]:
 
 
 def headline(tree: ComparisonResult) -> str:
-    """Says how the reference does against every other method and baseline, over all conditions."""
+    """Returns a sentence on the reference against every other method and baseline, over all conditions."""
     reference, known = tree.reference, finished(tree)
     found: dict[str, list[int]] = {}
     for at, metric in known:
@@ -71,8 +71,8 @@ def summary_blocks(tree: ComparisonResult) -> list[Block]:
         "everyone": "One prompt on everyone's test records",
     }[tree.figure]
     said = (
-        f"{figure}. Paired t-tests over seeds against {tree.reference}, corrected after Holm; beaten or "
-        f"beating means p below {SURE:g}. In brackets: in how many of the tables below. Intervals at "
+        f"{figure}. Paired t-tests over seeds against {tree.reference}, with Holm's correction. A method beats "
+        f"another if p is below {SURE:g}. In brackets: the number of tables below with this result. Intervals at "
         f"{100 * tree.confidence:g} %."
     )
     blocks: list[Block] = [KeyValues(pairs, large=True), Text(said)]
@@ -95,7 +95,7 @@ def _limited(found: Sequence[Figure]) -> list[Block]:
 
 
 def _scale(tree: ComparisonResult, metric: Metric, kind: str) -> list[float]:
-    """Returns the ends of one axis for all figures of a metric. kind: means (with intervals), curves or clients."""
+    """Returns the ends of a common axis for all figures of a metric. kind: "means", "curves" or "clients"."""
     at = [condition for condition, of in finished(tree) if of.name == metric.name]
     if kind == "means":
         every = [of for condition in at for of in condition.methods.values()]
@@ -117,7 +117,7 @@ def _dots(tree: ComparisonResult, place: int, at: Condition, metric: Metric) -> 
 
 
 def by_epsilon(tree: ComparisonResult) -> Section:
-    """Draws means over seeds by ε, where budgets or a sweep differ in it."""
+    """Draws means over seeds by ε, if budgets or a sweep have different ε."""
     found: dict[str, tuple[Metric, dict[str, dict[float, float]]]] = {}
     for at, metric in finished(tree):
         rest = {path: value for path, value in at.sweep.items() if path != EPSILON}
@@ -136,7 +136,7 @@ def by_epsilon(tree: ComparisonResult) -> Section:
 
 
 def _strength(tree: ComparisonResult, at: Condition) -> float:
-    """Returns the ε that a condition asks for, else the most that a method has spent; infinite without privacy."""
+    """Returns a condition's ε: the requested one, else the largest spent one; infinity without privacy."""
     asked = at.sweep.get(EPSILON) or tree.budgets[at.budget].epsilon
     spent = [of.epsilon for of in at.methods.values() if of.epsilon]
     return float(asked or max(spent, default=math.inf))
@@ -170,7 +170,7 @@ def _front(tree: ComparisonResult, place: int, front: Front) -> Figure:
     settings = list(dict.fromkeys((p.budget, str(p.sweep)) for p in points))
     return figures.front(
         f"front-{place}", front_title(tree, front),
-        "Means over seeds. A method has its colour, a budget its shape. On the line: none is better at that cost or less.",
+        "Means over seeds. Colour: method; shape: budget. On the line: no other is better at that cost or less.",
         [", ".join(filter(None, [p.method, tables.labels(p)])) for p in points], [p.value for p in points],
         metric_of(tree, front.task), [p.cost for p in points], tables.COSTS[front.cost],
         [(places[p.method], settings.index((p.budget, str(p.sweep)))) for p in points],
@@ -179,7 +179,7 @@ def _front(tree: ComparisonResult, place: int, front: Front) -> Figure:
 
 
 def on_the_way(tree: ComparisonResult) -> Section:
-    """Draws means over seeds by round, of the rounds that every finished seed of a method has."""
+    """Draws means over seeds by round, for the rounds that all finished seeds of a method have."""
     drawn: list[Figure] = []
     for place, (at, metric) in enumerate(finished(tree)):
         curves: dict[str, dict[float, float]] = {}

@@ -1,4 +1,4 @@
-"""Makes the tables of a comparison from `compare.json` alone."""
+"""Makes the tables of a comparison from its `compare.json`."""
 
 from pathlib import Path
 
@@ -22,25 +22,25 @@ from ficpd.experiments.report.table_formats import as_csv, as_latex, as_markdown
 from ficpd.storage import atomic_write
 
 SURE = 0.05
-"""Threshold of a corrected p-value."""
+"""The threshold of corrected p-values."""
 COSTS = {"bytes": "bytes of all clients, up and down", "epsilon": "ε", "queries": "queries"}
 
 Placed = CellResult | Condition | Setting | Target
-"""Values with a place in the grid."""
+"""Results with a place in the grid."""
 
 
 def overviews(found: ComparisonResult) -> list[Table]:
-    """Makes one table for each setting: methods down, tasks across."""
+    """Makes one table for each setting: a row for each method, a column for each task."""
     return [_overview(found, setting) for setting in found.settings]
 
 
 def results(found: ComparisonResult) -> list[Table]:
-    """Makes one table for each condition: a line for each method."""
+    """Makes one table for each condition: a row for each method."""
     return [_condition(found, condition) for condition in found.conditions]
 
 
 def _overview(found: ComparisonResult, setting: Setting) -> Table:
-    """Means and their intervals; with one task no ranks."""
+    """Makes a table of means and intervals. With a single task it has no ranks."""
     tasks, reference, several = list(found.tasks), found.reference, len(found.tasks) > 1
     conditions = {c.task: c for c in found.conditions if same_setting(c, setting)}
     tasks = [task for task in tasks if task in conditions]
@@ -98,7 +98,7 @@ def _condition(found: ComparisonResult, condition: Condition) -> Table:
 
 
 def targets(found: ComparisonResult) -> list[Table]:
-    """Makes one table for each condition: the cost to reach each share."""
+    """Makes one table for each condition: the cost to reach each share of the centralised line."""
     costs = ["rounds", "bytes up", "bytes down", "queries", "seconds"]
     heads = ["method", "of centralized", "seeds that reach it", *costs]
     note = "Medians over seeds, where every seed reached it: the first evaluated round at or beyond the target."
@@ -128,7 +128,7 @@ def _needed(method: MethodTarget, key: str) -> str:
 
 
 def fronts(found: ComparisonResult) -> list[Table]:
-    """Makes one table for each task, partition and cost: every method and budget, the cheapest first."""
+    """Makes one table for each task, partition and cost: all methods and budgets, by increasing cost."""
     tables = []
     for front in found.fronts:
         metric, how = metric_of(found, front.task), format_bytes if front.cost == "bytes" else _few
@@ -145,7 +145,7 @@ def fronts(found: ComparisonResult) -> list[Table]:
 
 
 def title(found: ComparisonResult, at: CellResult | Condition | Setting) -> str:
-    """Joins the labels, without those of an axis that has no entries, and of a single task."""
+    """Joins the labels, without default labels and without a single task."""
     task = "" if isinstance(at, Setting) or (len(found.tasks) < 2 and labels(at)) else _task(found, at.task)
     return ", ".join(filter(None, [task, labels(at)])) or found.name
 
@@ -213,7 +213,7 @@ def _few(number: float) -> str:
 
 
 def _epsilon(found: ComparisonResult, condition: Condition, label: str) -> str:
-    """Returns the epsilon of the finished cells."""
+    """Returns the largest epsilon of the finished cells, or the cells' status if none is finished."""
     own = cells_of(found, label, condition)
     done = [c for c in own if c.status == "done"]
     if not done:
@@ -247,7 +247,7 @@ def write_tables(found: ComparisonResult, out: Path) -> None:
 
 
 def without_figure(found: ComparisonResult) -> list[str]:
-    """Returns a sentence for each method and condition without a figure, with its first reason."""
+    """Returns a sentence for each method and condition with a missing figure, with the first reason."""
     seeds: dict[str, list[int]] = {}
     first: dict[str, str] = {}
     for cell in found.cells:
@@ -259,7 +259,7 @@ def without_figure(found: ComparisonResult) -> list[str]:
 
 
 def cells_csv(found: ComparisonResult) -> str:
-    """Writes the numbers of every cell as CSV."""
+    """Returns the numbers of every cell as CSV."""
     import pandas as pd
 
     lines = []

@@ -1,9 +1,9 @@
-"""Figures of a page: plotly's graph objects in one template, each with its numbers as a table.
+"""Draws the figures of a page with plotly, in one template, each with its numbers as a table.
 
-Values are in a metric's own units; figures and tables show them scaled.
+Values are in a metric's units. Figures and tables show them scaled.
 
 Colours have a contrast of at least 3 to 1 with the light and the dark panel, and symbols differ as well. The page's script
-adds the colour of texts. Text from data goes through `safe`, because plotly reads a little HTML in its texts.
+sets the colour of texts. Text from data is escaped by `safe`, because plotly interprets some HTML.
 """
 
 import math
@@ -43,11 +43,11 @@ TEMPLATE = go.layout.Template(
     },
 )  # fmt: skip
 ROW = 46
-"""Pixels of a line of names."""
+"""The height of a named row in pixels."""
 
 
 def safe(text: object, most: int = 48) -> str:
-    """Escapes a text for plotly and shortens it in its middle.
+    """Escapes a text for plotly and shortens its middle.
 
     >>> safe("<b>north</b>")
     '&lt;b&gt;north&lt;/b&gt;'
@@ -58,24 +58,24 @@ def safe(text: object, most: int = 48) -> str:
 
 
 def label(text: object) -> str:
-    """Shortens a text to the width of an axis or a legend on a telephone."""
+    """Shortens a text for an axis or a legend on a phone."""
     return safe(text, 24)
 
 
 def named_rows(names: Sequence[str], marked: str | None = None) -> dict[str, Any]:
-    """Returns an axis with a line for each name, from the top. Equal shortened names keep separate lines."""
+    """Returns an axis with a row for each name, from the top. Equal shortened names have separate rows."""
     shown = [f"<b>{label(name)}</b>" if name == marked else label(name) for name in names]
     return {"tickvals": list(range(len(names))), "ticktext": shown, "range": [len(names) - 0.5, -0.5]}
 
 
 def mark(place: int, **more: Any) -> dict[str, Any]:
-    """Returns colour and symbol of a series; the symbol differs where colours repeat."""
+    """Returns the colour and symbol of a series. If colours repeat, symbols differ."""
     symbol = SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)]
     return {"color": COLOURS[place % len(COLOURS)], "symbol": symbol, **more}
 
 
 def draw(traces: Sequence[Any], height: int, x: str, y: str = "", **layout: Any) -> go.Figure:
-    """Draws traces in the template. Each entry of a legend adds to the height."""
+    """Draws traces in the template. Each entry of the legend adds to the height."""
     legend = 14 * len(traces) if len(traces) > 1 and layout.get("showlegend", True) else 0
     drawn = go.Figure(list(traces), {"template": TEMPLATE, "height": height + legend, **layout})
     return drawn.update_xaxes(title_text=x).update_yaxes(title_text=y)
@@ -86,7 +86,7 @@ def scaled(values: Values, metric: Metric) -> list[float | None]:
 
 
 def extent(values: Iterable[float | None], metric: Metric) -> list[float]:
-    """Returns the ends of an axis that has all values on it: one scale for figures side by side."""
+    """Returns the ends of an axis with all values, as a common scale for several figures."""
     known = [metric.scale * value for value in values if value is not None] or [0.0, 1.0]
     room = 0.06 * (max(known) - min(known) or 1)
     return [min(known) - room, max(known) + room]
@@ -97,10 +97,12 @@ def dots(
     ends: Sequence[Sequence[float] | None] = (), line: float | None = None, marked: str | None = None,
     scale: Sequence[float] | None = None,
 ) -> Figure:  # fmt: skip
-    """Draws a line for each name and a dot for each of its values.
+    """Draws a row for each name and a dot for each of its values.
 
-    `ends`: (low, high) or None for the first series. `line`: a value to compare with. `marked`: a name in bold. `scale`:
-    the ends of the axis.
+    ends: (low, high) or None for each value of the first series.
+    line: a value to compare with.
+    marked: a name in bold.
+    scale: the ends of the axis.
     """
     traces = [
         go.Scatter(
@@ -132,9 +134,11 @@ def lines(
     id: str, title: str, said: str, curves: Mapping[str, Mapping[float, float]], metric: Metric, places: Mapping[str, int],
     level: float | None = None, scale: Sequence[float] | None = None, x: str = "round",
 ) -> Figure:  # fmt: skip
-    """Draws curves by round, or by ε on a logarithmic axis, where infinity is without privacy.
+    """Draws curves by round, or by ε on a logarithmic axis (infinity: without privacy).
 
-    `level`: a value to compare with. `places`: the colour and symbol of each curve. `scale`: the ends of the y axis.
+    places: the index of each curve's colour and symbol.
+    level: a value to compare with.
+    scale: the ends of the y axis.
     """
     at, rounds = sorted({x for curve in curves.values() for x in curve}), x == "round"
     named = {place: "none" if place == math.inf else f"{place:.3g}" if not rounds else str(place) for place in at}
@@ -163,9 +167,10 @@ def front(
     id: str, title: str, said: str, names: Sequence[str], values: Sequence[float], metric: Metric,
     costs: Sequence[float], cost: str, marks: Sequence[tuple[int, int]], on_front: frozenset[int],
 ) -> Figure:  # fmt: skip
-    """Draws values against costs on a logarithmic axis that has 0, too, a decade below the least cost.
+    """Draws values against costs on a logarithmic axis. The cost 0 is a decade below the smallest cost.
 
-    `marks`: the place of colour and symbol of each name. A line joins those `on_front`, which are larger.
+    marks: the indices of colour and symbol of each name.
+    on_front: the indices of larger points, which a line joins.
     """
     known = [value for value in costs if value > 0] or [1.0]
     least, most = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
@@ -194,7 +199,7 @@ def spread(
     id: str, title: str, said: str, values: Mapping[str, Mapping[str, float]], metric: Metric, places: Mapping[str, int],
     scale: Sequence[float] | None = None,
 ) -> Figure:  # fmt: skip
-    """Draws each method's clients: a box, a dot for each, a stroke for the mean of the worst tenth."""
+    """Draws each method's clients: a box, a dot for each client, a stroke for the mean of the worst tenth."""
     traces: list[Any] = [
         go.Box(
             name=label(method), x=scaled(list(of.values()), metric), y=[row] * len(of), text=[safe(client) for client in of],
@@ -222,7 +227,7 @@ def spread(
 
 
 def against(id: str, title: str, said: str, of: Mapping[str, Point], heads: tuple[str, str], metric: Metric) -> Figure:
-    """Draws a dot for each client, and the line on which both of its values are equal."""
+    """Draws a dot for each client, and the line of equal values."""
     xs, ys = ([metric.scale * both[i] for both in of.values()] for i in (0, 1))
     low, high = min(xs + ys), max(xs + ys)
     room = 0.06 * (high - low or 1)
@@ -243,7 +248,7 @@ def plane(
     id: str, title: str, said: str, at: Mapping[str, Point], member: Mapping[str, int], prompts: Mapping[str, Point],
     axes: tuple[str, str],
 ) -> Figure:  # fmt: skip
-    """Draws clients (`at`), each tied to its prototype, and the prompts, larger and named."""
+    """Draws clients (`at`), each joined to its prototype, and the prompts, larger and with names."""
     traces: list[Any] = []
     for k in sorted(set(member.values())):
         own, centre = [name for name in at if member.get(name) == k], prompts.get(f"prototype-{k}")

@@ -18,7 +18,7 @@ from ficpd.library.library import PromptLibrary
 
 OFFSET, SYNTHETIC = "offset/", "synthetic.jsonl"
 MOST_EXAMPLES = 40
-"""Examples to read of each label."""
+"""The maximum number of shown examples of each label."""
 LEAST_FIT = 0.1
 """The adjusted Rand index below which clusters do not match the clients' known facts."""
 
@@ -37,19 +37,17 @@ def prototypes(run: FinishedRun) -> Section | None:
     blocks: list[Block] = [*_plane(run, library, clusters.member)]
     blocks.append(Table("Who shares which prototype", ["prototype", "number", "clients"], cells))
     fit = max((value for value in clusters.adjusted_rand.values() if value is not None), default=0.0)
-    folded = (
-        "there is one prototype" if len(members) < 2 else "they match nothing that is known" if fit < LEAST_FIT else ""
-    )
+    folded = "there is one prototype" if len(members) < 2 else "they match no known fact" if fit < LEAST_FIT else ""
     fits = [f"{key} {value:.2f}" for key, value in clusters.adjusted_rand.items() if value is not None]
     if fits:
         blocks.append(
-            Text(f"Agreement with what is known of the clients (adjusted Rand index; 1: the same): {', '.join(fits)}.")
+            Text(f"Agreement with the clients' known facts (adjusted Rand index; 1: the same): {', '.join(fits)}.")
         )
     return Section("prototypes", "Prototypes and their clients", blocks, folded)
 
 
 def _plane(run: FinishedRun, library: PromptLibrary, member: Mapping[str, int]) -> list[Figure]:
-    """Draws the prompts' offsets from the start, and those of clients that the server knows."""
+    """Draws the offsets of the prompts from the start, and those of clients if the server has them."""
     ways = {name: library.offset(name) for name in library.prompts}
     if len(ways) < 2:
         return []
@@ -63,8 +61,8 @@ def _plane(run: FinishedRun, library: PromptLibrary, member: Mapping[str, int]) 
     at, kept = flattened([*ways.values(), *clients.values()])
     of_clients = dict(zip(clients, at[len(ways) :], strict=True))
     said = (
-        f"Principal components of the prompts' way from the start; together they hold {sum(kept):.0%} of the variation."
-        + (" A client's dot is the prompt that it reached when it last took part." if clients else "")
+        f"Principal components of the prompts' offsets from the start; together they have {sum(kept):.0%} of the variance."
+        + (" A client's dot is its prompt at the end of its last round." if clients else "")
     )
     axes = f"first component ({kept[0]:.0%})", f"second ({kept[1]:.0%})"
     of_prompts = dict(zip(ways, at, strict=False))
@@ -72,7 +70,7 @@ def _plane(run: FinishedRun, library: PromptLibrary, member: Mapping[str, int]) 
 
 
 def flattened(ways: Sequence[Tensor]) -> tuple[list[tuple[float, float]], list[float]]:
-    """Projects prompts [P, D] to the plane of most variance. Returns points and the axes' shares of it."""
+    """Projects prompts [P, D] to the plane of largest variance. Returns points, and each axis's share of variance."""
     from sklearn.decomposition import PCA
 
     stacked = torch.stack([way.flatten().double() for way in ways]).numpy()
@@ -90,22 +88,22 @@ def library(run: FinishedRun) -> Section | None:
     found = run.library
     if found is None or not found.prompts:
         return None
-    # token ids have no length
+    # token ids have no norm
     lengths = {
         name: f"{way.norm():.3f}" if (way := found.offset(name)).is_floating_point() else "–" for name in found.prompts
     }
     cells = [[name, length, most_similar(found, name)] for name, length in lengths.items()]
     of_tasks = found.card["tasks"].items()
     tasks = ", ".join(name if name == about["name"] else f"{name} ({about['name']})" for name, about in of_tasks)
-    heads = ["prompt", "way from the start", "most similar (cosine)"]
+    heads = ["prompt", "distance from the start", "most similar (cosine)"]
     return Section("library", "The prompt library", [
         Text(f"Made for: {tasks}. Each prompt is {describe_shape(found.start)}."),
-        Table("Prompts, and how far they have come", heads, cells),
+        Table("Prompts and their distance from the start", heads, cells),
     ])  # fmt: skip
 
 
 def most_similar(library: PromptLibrary, name: str) -> str:
-    """Names the other prompt whose offset has the largest cosine with this one's."""
+    """Names the prompt whose offset has the largest cosine with this prompt's offset."""
     others = [other for other in library.prompts if other != name]
     if not others or not library.offset(name).any():
         return "–"
@@ -141,7 +139,7 @@ def _distilled(run: FinishedRun, facts: Distillation) -> str:
         return said
     main, outcome = (
         main_metric(scores.distilled),
-        "kept" if facts.gained else "not kept, for nothing was gained on examples held back",
+        "kept" if facts.gained else "not kept, because it is no better on held-out examples",
     )
     both = [format_score(score, main) for score in (scores.distilled, scores.global_prompt)]
     return (

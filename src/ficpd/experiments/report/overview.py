@@ -72,7 +72,7 @@ def summary_blocks(run: FinishedRun) -> list[Block]:
 
 
 def curves(run: FinishedRun) -> Section:
-    """Draws the figure by round; the last point is of the end of the run."""
+    """Draws the main metric by round. The last point is the score at the end of the run."""
     found = {way: of for way in CURVES if (of := _curves(run, way))} if run.result.metrics else {}
     levels = {way: zero[run.main.name] for way in found if way != "own" and (zero := _ends(run, way).get("zero_shot"))}
     values = [value for of in found.values() for curve in of.values() for value in curve.values()]
@@ -90,7 +90,7 @@ def curves(run: FinishedRun) -> Section:
 
 
 def _ends(run: FinishedRun, way: str) -> dict[str, Any]:
-    """Returns each method's score at the end, of the kind that its curve has."""
+    """Returns each method's score at the end of the run, of the same kind as its curve."""
     field = {"sample": "sample", "own": "per_client_mean", "global": "global_prompt"}[way]
     return {r.label: getattr(r.scores, field) for r in run.results}
 
@@ -138,7 +138,7 @@ def methods(run: FinishedRun) -> Section | None:
 
 
 def _robust(run: FinishedRun) -> list[Text]:
-    """Names the clients that a robust rule left out or cut, and the means with too few updates."""
+    """Names the clients that a robust rule left out or clipped, and the means with too few updates."""
     blocks, found = [], {
         "Left out or cut": run.result.excluded_updates,
         "Means of fewer updates than the rule needs": run.result.underfilled_means,
@@ -188,7 +188,7 @@ def settings(run: FinishedRun) -> Section:
 
 
 def described(part: Mapping[str, Any]) -> str:
-    """Describes a part of the experiment in a line, without nested parts."""
+    """Describes a section of the experiment in a line, without nested sections."""
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in part.items()}
     words = [f"{key} {value}" for key, value in shown.items() if key != "name" and not isinstance(value, dict | list)]
     return ": ".join(filter(None, [str(part.get("name", "")), ", ".join(words)]))

@@ -1,4 +1,4 @@
-"""Writes the page of a finished run; plotly and pandas draw it, which the core does not have."""
+"""Writes the page of a finished run, if the extra packages for it (plotly, pandas) are installed."""
 
 import warnings
 from html import escape
@@ -10,7 +10,7 @@ from ficpd.storage import atomic_write
 
 
 def end_with_page(directory: Path) -> Path:
-    """Writes `report.html`. Without the packages it names the commands that make the page, as does a warning."""
+    """Writes `report.html`. Without the packages, the file and a warning name the commands that make the page."""
     try:
         with needs("the report", "report"):
             from ficpd.experiments.report.build import write_page

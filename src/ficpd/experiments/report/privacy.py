@@ -17,7 +17,7 @@ from ficpd.experiments.results import PrivacyReport
 from ficpd.library.card import ONE_RECORD, describe_group_costs
 
 MOST = 200
-"""Members that the figure draws one by one."""
+"""The maximum number of clients in the figure: those that spent most."""
 EPSILON = Metric("ε")
 SCALE = ".scale"
 ITEMS = {
@@ -64,7 +64,7 @@ def left(run: FinishedRun) -> Section:
         *_guarantee(privacy),
         (
             "not covered",
-            UNCOVERED if privacy.epsilon is not None else "all of it: no guarantee bounds what messages tell",
+            UNCOVERED if privacy.epsilon is not None else "everything: no guarantee bounds what messages reveal",
         ),
         ("audited", _audited(run)),
     ]
@@ -95,7 +95,7 @@ def _items(run: FinishedRun) -> list[Table]:
 
 
 def _guarantee(privacy: PrivacyReport) -> list[tuple[str, str]]:
-    """Describes the guarantee: its figures, its words, its unit, its noise and its budget."""
+    """Describes the guarantee: figures, meaning, unit, noise and budget."""
     if privacy.epsilon is None or privacy.delta is None:
         return [("guarantee", "none: messages carry no guarantee")]
     if privacy.noise is None:
@@ -104,11 +104,11 @@ def _guarantee(privacy: PrivacyReport) -> list[tuple[str, str]]:
     what = f"ε = {spent:.3f}, δ = {privacy.delta:g}, per {unit}, by {privacy.mechanism}"
     factor = math.exp(min(spent, 700))
     words = (
-        f"with or without one {unit}, the probability of whatever is concluded from the messages differs at most by the "
-        f"factor {factor:,.1f} (e to the ε) and by {_one_in(privacy.delta)} (δ) besides"
+        f"with or without one {unit}, the probability of any conclusion from the messages differs at most by the "
+        f"factor {factor:,.1f} (e to the ε) and by {_one_in(privacy.delta)} (δ)"
     )
     if privacy.at_most:
-        agreed = f"agreed, at most {what}. What each site has spent, its own ledger says (ficpd site status)"
+        agreed = f"agreed, at most {what}. A site's ledger has the spent budget (ficpd site status)"
         return [("guarantee", agreed), ("in words", words), ("unit", UNITS[unit]), ("noise", f"{privacy.noise}")]
     unit_said = UNITS[unit] + (f"; {describe_group_costs(privacy.group_epsilon)}" if privacy.group_epsilon else "")
     if privacy.group_epsilon:
@@ -158,7 +158,7 @@ def _lines(privacy: PrivacyReport) -> Table:
 
 
 def _sites(privacy: PrivacyReport) -> list[Block]:
-    """Draws the clients, unless all of them have spent the same."""
+    """Draws the ε of each client, unless all have spent the same."""
     spent = dict(sorted(privacy.epsilon_of_sites.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST])
     values = list(spent.values())
     if len(spent) < 2:
@@ -177,7 +177,7 @@ def _sites(privacy: PrivacyReport) -> list[Block]:
 
 
 def _audit_of(run: FinishedRun) -> Audit | None:
-    """Raises `RunError` for a file that cannot be read."""
+    """Reads the run's audit; None without one. Raises `RunError` for an invalid file."""
     file = run.directory / "audit.json"
     if not file.exists():
         return None
@@ -205,7 +205,7 @@ def audit(run: FinishedRun) -> Section | None:
 
 
 def _attacks(found: Audit) -> Figure:
-    said = "AUC of each attack with its 95 % interval. Dashed: 0.5, a coin's flip; 1 would tell them apart."
+    said = "AUC of each attack with its 95 % interval. Dashed: 0.5, a random guess; 1 is a perfect attack."
     of = found.attacks.values()
     series, ends = {"AUC": [outcome.auc for outcome in of]}, [outcome.auc_interval for outcome in of]
     title = "How well attacks find the members"
@@ -222,7 +222,7 @@ def _bounds(found: Audit) -> list[Block]:
         for name, b in found.bounds.items()
     ]  # fmt: skip
     said = (
-        "Canaries are records made to be noticed: how well their presence is noticed shows how large ε is at least, with 95 "
-        "% confidence each, so one sound run in twenty may exceed what was stated by chance."
+        "Canaries are records that are easy to detect. Their detection bounds ε from below, with 95 % confidence each: one "
+        "correct run in twenty may exceed the stated ε by chance."
     )
     return [Table("Is ε as stated?", heads, cells), Text(said)]

@@ -1,7 +1,7 @@
 """Renders a page as one HTML file with style, script and plotly.js. The template escapes all data.
 
-Its content security policy names the two scripts by their hashes and allows nothing to be fetched: what data brings along is
-never run, and no network is asked, whatever else goes wrong.
+Its content security policy allows only the two scripts, by their hashes, and no network access. So a script in the data
+never runs, even if the escaping fails.
 """
 
 import base64
@@ -15,13 +15,13 @@ from ficpd import __version__
 from ficpd.experiments.report.blocks import Page
 
 SCRIPT_END = re.compile(r"<(?=/script|!--)", re.IGNORECASE)
-"""Text that would end a script's element, or hide its end."""
+"""Matches text that would end a script element, or hide its end."""
 
 
 def render(page: Page) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    # every name in every template is escaped unless it is marked as ours
+    # every value in the template is escaped, unless the template marks it as safe
     environment = Environment(
         loader=PackageLoader("ficpd.experiments.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -34,7 +34,7 @@ def render(page: Page) -> str:
 
 
 def policy(scripts: list[str]) -> str:
-    """Returns the page's `Content-Security-Policy`. Styles are inline because plotly.js writes its own."""
+    """Returns the page's `Content-Security-Policy`. Styles are inline, because plotly.js writes inline styles."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     rest = "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     return f"default-src 'none'; script-src {hashes}; {rest}"
@@ -46,7 +46,7 @@ def own(name: str) -> str:
 
 @cache
 def plotly() -> str:
-    """Returns plotly.js as plotly's package ships it (MIT; its notice is at its head)."""
+    """Returns plotly.js from plotly's package (MIT; the notice is at its beginning), escaped for a script element."""
     from plotly.offline import get_plotlyjs
 
     return SCRIPT_END.sub(r"\\x3C", get_plotlyjs())

@@ -1,4 +1,4 @@
-"""Prints the blocks of a page on a terminal: tables, facts and texts. Figures and files are for the page."""
+"""Prints the blocks of a page on a terminal: tables, facts and texts, but no figures and files."""
 
 import shlex
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def announcement(experiment: Experiment, out: Path) -> list[Block]:
 def result_blocks(run: FinishedRun, brief: bool = False) -> list[Block]:
     """Returns the blocks at the end of a run: the table, the verdict, and the next commands.
 
-    brief: the table and the verdict alone.
+    brief: only the table and the verdict.
     """
     folder, (first, *rest) = shlex.quote(str(run.directory)), run.verdicts
     library, page = run.directory / "library", run.directory / "report.html"
@@ -65,7 +65,7 @@ def print_blocks(console: Console, blocks: Iterable[Block]) -> None:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """Prints one line a row: a name that is too long is cut, figures are not."""
+    """Prints one line a row. Long names are cut, figures are not."""
     drawn = Drawn(
         title=escape(table.caption), title_justify="left", title_style="bold", caption=escape(table.note),
         caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),

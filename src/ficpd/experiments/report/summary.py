@@ -9,15 +9,15 @@ from ficpd.experiments.results import PrivacyReport, RunResult
 NONE = "–"
 PERCENT = Metric("share", 100, 1)
 RIVALS = {"local": "alone", "linear_probe": "a local linear probe", "zero_shot": "no prompt"}
-"""Methods that a client can run alone, in the verdict's words."""
+"""The methods that a client can run alone, to their names in the verdict."""
 ALONE, TOGETHER = ("local", "linear_probe"), "together"
 
 
 def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
-    """Returns the verdict: the last result against the methods that a client can run alone.
+    """Returns the sentences of the verdict: the last result against the methods that a client can run alone.
 
-    Scores are of the mean client's own test records. A client is worse off if it is below the better of `local` and
-    `linear_probe` by more than one standard error of its own score.
+    Scores are means over the clients' own test records. A client is worse off if its score is more than one standard
+    error below the better of `local` and `linear_probe`.
     """
     own, main = results[-1], results[-1].main
     sign, clients = -1 if main.less_is_better else 1, len(own.scores.per_client)
@@ -40,7 +40,7 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
         paid = f"Joining pays {gap:.{main.digits}f}{points} over {name}" if gap > 0 else "Joining does not pay"
         sentences = [f"{paid if gap else 'Joining changes nothing'}: {said}"]
         if not any(RIVALS[name] in rivals for name in ALONE):
-            sentences = [f"Whether joining pays is open, for no client was tuned alone: {said}"]
+            sentences = [f"Whether joining pays is unknown, because no client was tuned alone: {said}"]
     if federated and (alone := [by_method[n].scores.per_client for n in ALONE if n in by_method]):
         worse = len(worse_off(own, alone))
         are = "is" if worse == 1 else "are"
@@ -53,7 +53,7 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
         and sign * mean(own) < sign * mean(by_method["zero_shot"])
     ):
         sentences.append(
-            "That is below no prompt: the noise hides what the records say. More clients or records, all of them in every "
+            "That is below no prompt: the noise is larger than the signal. More clients or records, all of them in every "
             "step (training.batch_size), fewer numbers (compression.name = 'subspace') or a larger ε help."
         )
     privacy, left = own.privacy, format_bytes(own.bytes.up_total / own.num_clients)
@@ -64,12 +64,12 @@ def verdict(results: Sequence[RunResult]) -> tuple[str, ...]:
 
 
 def stopped_early(result: RunResult) -> list[Block]:
-    """Tells why a run ended before its last round; nothing if it did not."""
+    """Returns the reason why a run ended before its last round; [] if it did not."""
     return [Text(f"Stopped early. {result.stopped}", alarm=True)] if result.stopped else []
 
 
 def standing(results: Sequence[RunResult]) -> dict[str, RunResult]:
-    """Returns the last result and those of methods without the others, by the verdict's words."""
+    """Returns the last result and those of methods that a client can run alone, by their names in the verdict."""
     own = results[-1]
     by_method = {r.method: r for r in results[:-1] if r.method != own.method}
     federated = own.method not in (*RIVALS, "centralized")
@@ -78,7 +78,10 @@ def standing(results: Sequence[RunResult]) -> dict[str, RunResult]:
 
 
 def worse_off(own: RunResult, alone: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """Returns the clients below their best score in `alone` by more than one standard error (accuracy; 0 for others)."""
+    """Returns the clients that are more than one standard error below their best score in `alone`.
+
+    Only accuracy has a standard error; it is 0 for other metrics.
+    """
     main, scores, worse = own.main, own.scores, []
     sign = -1 if main.less_is_better else 1
     for client, score in scores.per_client.items():
@@ -104,9 +107,9 @@ def format_bytes(count: float | None) -> str:
 
 
 def results_table(results: Sequence[RunResult]) -> Table:
-    """Makes the table of a run: a line for each method, its figures first, the run's own method last.
+    """Makes the table of a run: a row for each method, with the run's method last.
 
-    Accuracy of a single task with a chance level has its 95 % interval.
+    The accuracy of a single task with a chance level has its 95 % interval.
     """
     main, first, own = results[0].main, results[0].scores.zero_shot or {}, results[-1].privacy
     guessed = "chance" in first and ":" not in results[0].task
@@ -163,7 +166,7 @@ def format_interval(interval: Sequence[float] | None, metric: Metric) -> str:
 
 
 def format_noise_multipliers(privacy: PrivacyReport) -> str:
-    """Formats the range of the members' noise multipliers."""
+    """Formats the range of the clients' noise multipliers."""
     least, most = privacy.noise_multiplier or (None, None)
     if least is None or most is None:
         return NONE

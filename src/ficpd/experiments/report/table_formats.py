@@ -14,9 +14,9 @@ SIGNS = {
     "ε": r"$\varepsilon$", "δ": r"$\delta$", "±": r"$\pm$", "–": "--", "<": r"\textless{}", ">": r"\textgreater{}",
     "▲": r"$\uparrow$", "▼": r"$\downarrow$", "[": "{[}",
 }  # fmt: skip
-"""Characters to escape that pandas does not. A bracket after a line's end would be its option."""
+"""Characters that pandas does not escape for LaTeX. A bracket after the end of a line would be read as its option."""
 FORMULA = tuple("=+-@\t")
-"""Characters that make a formula of a cell."""
+"""Characters at the beginning of a formula in a spreadsheet."""
 
 
 def _frame(table: Table) -> "DataFrame":
@@ -45,18 +45,18 @@ def as_markdown(table: Table, level: str = "") -> str:
 
 
 def _plain(cell: str) -> str:
-    """Escapes a cell for Markdown, where a client's name could be markup."""
+    """Escapes a cell for Markdown: a client's name may contain markup."""
     cell = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(cell.split()))
     return cell.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def safe_csv(frame: "DataFrame", header: bool = True) -> str:
-    """Writes a frame for a spreadsheet, in which no text is a formula."""
+    """Returns a frame as CSV in which no text is a formula for a spreadsheet."""
     return frame.map(_text).rename(columns=_text).to_csv(index=False, header=header)
 
 
 def _text(cell: Any) -> Any:
-    """Marks a text as text, where a spreadsheet would read a formula. Numbers stay numbers."""
+    """Marks a text that a spreadsheet would read as a formula. Numbers are not changed."""
     if not isinstance(cell, str):
         return cell
     cell, number = cell.replace("\r", " "), re.fullmatch(r"[-+][\d.,]+(e[-+]?\d+)?", cell)
@@ -64,7 +64,7 @@ def _text(cell: Any) -> Any:
 
 
 def as_csv(tables: Sequence[Table]) -> str:
-    """Joins tables, each line with its table's caption in front. Heads stand once, where they are the same."""
+    """Joins tables, with the caption in front of each row. Equal heads of successive tables are written once."""
     drawn, heads = [], None
     for table in tables:
         frame = _frame(table)
@@ -75,7 +75,7 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """Draws a `tabular` with booktabs' rules."""
+    """Returns a LaTeX `tabular` with the rules of booktabs."""
     columns = "l" + "r" * (len(table.heads) - 1)
     drawn = _frame(table).to_latex(index=False, escape=True, column_format=columns)
     for sign, command in SIGNS.items():
