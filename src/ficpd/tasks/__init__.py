@@ -21,7 +21,7 @@ PUBLIC_SENTENCES = (
     "A doctor should be asked if the pain does not go away.",
     "Cheap food, friendly people and a view of the park.",
 )
-"""Public sentences of several lengths: the targets of synthetic records."""
+"""Public sentences of different lengths: the targets of synthetic records."""
 
 
 class LabelTask:
@@ -52,9 +52,9 @@ class LabelTask:
         return Batch(task, items, targets, readout, prompt.enters_at)
 
     def scores(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Returns [R, C]: features times the tuned or the batch's readout, else mean log-likelihoods.
+        """Returns [R, C]: features times the tuned readout or the batch's, else mean log-likelihoods.
 
-        Each row is a product of its own: in one product of all rows, a row's last bits depend on the number of rows.
+        Each row is a separate product: in one product, a row's last bits would depend on the number of rows.
         """
         readout_RCD = outputs.readout_RCD
         if readout_RCD is None and batch.readout_CD is not None:
@@ -70,6 +70,7 @@ def encode_record(
 ) -> EncodedInput:
     """Encodes a record by `Backbone.preprocess_image` or `Backbone.tokenize`.
 
+    room: the prompt's virtual tokens. writes: the tokens to write after the record.
     Raises `DataError` for a record without the image or the text that the backbone needs.
     """
     text, image = record.fields.get("text"), record.fields.get("image")
@@ -90,7 +91,7 @@ def encode_record(
 
 
 def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "made-up") -> list[Record]:
-    """Returns public synthetic records without targets. Raises `BackboneError` for another number of inputs."""
+    """Returns synthetic records without targets. Raises `BackboneError` if the backbone gives another number."""
     role, found = "image" if backbone.modality == "image" else "text", backbone.synthetic_inputs(number, seed)
     if len(found) != number:
         raise BackboneError(f"{backbone.name}: synthetic_inputs gives {len(found)} inputs; expected {number}")
@@ -98,8 +99,7 @@ def synthetic_records(backbone: Backbone, number: int, seed: int, name: str = "m
 
 
 def corrupt_words(records: Sequence[Record], share: float, backbone: Backbone, seed: int) -> list[Record]:
-    """Replaces each word with probability `share` by one of the backbone's synthetic texts. Raises `BackboneError` for
-    images."""
+    """Replaces each word with probability `share` by a word of synthetic texts. Raises `BackboneError` for images."""
     if backbone.modality == "image":
         raise BackboneError(f"{backbone.name} takes images, and only words can be masked; turn masking off")
     random = rng.make_generator(seed, "which words")

@@ -11,14 +11,14 @@ from ficpd.registry import build_config, check_arguments, load, validate
 from ficpd.types import Answer, Batch, Prompt, Record, Score
 
 BOUNDS = {"accuracy": (0.0, 1.0), "f1": (0.0, 1.0), "rmse": (0.0, math.inf)}
-"""The least and the largest value of the scores that tables and pages know by name."""
+"""The smallest and largest values of the scores that tables and pages know by name."""
 
 
 def build_task(description: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]] = ()) -> Task:
     """Builds a task from the mapping of `Task.to_config`, and adds the scores of `metrics`.
 
     metrics: sections of modules whose `build(config)` returns a function from predictions and targets to a `Score`.
-    Raises `ConfigError` if a module's task has a `to_config` that builds another task.
+    Raises `ConfigError` for an invalid task or metric of a module outside the package.
     """
     module, config = build_config("tasks", description)
     task: Task = module.build(config)
@@ -45,7 +45,7 @@ def build_task(description: Mapping[str, Any], metrics: Sequence[Mapping[str, An
 
 
 def _check_own(name: str, config: Any, task: Task) -> None:
-    """Raises `ConfigError` unless this is a task, and `to_config` builds it again. Checks later what its methods return."""
+    """Raises `ConfigError` unless `to_config` builds the task again. Wraps its methods to check their results."""
     if not isinstance(task, Task):
         raise ConfigError(f"task {name!r}: build returned a {type(task).__name__}; expected a ficpd.Task")
     _check_config(name, config, task)
@@ -70,7 +70,7 @@ def _check_own(name: str, config: Any, task: Task) -> None:
 
 
 def _as_many(place: str, found: Any, number: int) -> Any:
-    """Returns what a task's method returned. Raises `ConfigError` unless it has one entry a record."""
+    """Returns the result of a task's method. Raises `ConfigError` unless it has one entry for each record."""
     if not hasattr(found, "__len__") or len(found) != number:
         given = f"{len(found)} entries" if hasattr(found, "__len__") else f"a {type(found).__name__}"
         raise ConfigError(f"{place} returned {given}; expected {number}: one for each record")
@@ -78,7 +78,7 @@ def _as_many(place: str, found: Any, number: int) -> Any:
 
 
 def _check_config(name: str, config: Any, task: Task) -> None:
-    """Raises `ConfigError` unless `to_config` builds the task again: libraries store nothing else of it."""
+    """Raises `ConfigError` unless `to_config` builds the task again: a library stores only this."""
     stored, place = dict(task.to_config()), f"task {name!r}: to_config()"
     given = stored.pop("name", None)
     if given != name:
@@ -91,9 +91,9 @@ def _check_config(name: str, config: Any, task: Task) -> None:
 
 
 def _figures(place: str, given: Any, taken: Mapping[str, float]) -> dict[str, float]:
-    """Checks what a score function returned: figures by names that are not taken.
+    """Returns the finite figures of a score function's result; warns of others.
 
-    Leaves out those that are not finite, with a warning. Raises `ConfigError` for others than documented.
+    Raises `ConfigError` unless they are numbers by new names, within `BOUNDS`.
     """
     try:
         found = {str(name): float(value) for name, value in given.items()}
@@ -102,21 +102,21 @@ def _figures(place: str, given: Any, taken: Mapping[str, float]) -> dict[str, fl
     if not found:
         raise ConfigError(f"{place} returned {given!r:.80}; expected numbers by name, such as {{'kappa': 0.5}}")
     if known := sorted(found.keys() & taken):
-        raise ConfigError(f"{place} returned {known[0]!r}, which there is already. Choose another name")
+        raise ConfigError(f"{place} returned {known[0]!r}, which exists already. Choose another name")
     for name, (least, most) in BOUNDS.items():
         if name in found and not least <= found[name] <= most and math.isfinite(found[name]):
             raise ConfigError(f"{place} returned {name} = {found[name]:g}; expected {least:g} to {most:g}. Divide it, or "
                               "choose another name")  # fmt: skip
     if odd := [name for name, value in found.items() if not math.isfinite(value)]:
         warnings.warn(
-            f"{place} returned {odd[0]} = {found[odd[0]]}; expected a finite number. It is left out where it is not",
+            f"{place} returned {odd[0]} = {found[odd[0]]}; expected a finite number. It is left out",
             stacklevel=4,
         )
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def start_text(tasks: Sequence[Task]) -> str | None:
-    """Returns a task's instruction and answer texts, or several tasks' instructions. None if there are none."""
+    """Returns the instruction and answer texts of a task, or the instructions of several; None if all are empty."""
     configs = [task.to_config() for task in tasks]
     words = list(dict.fromkeys(config.get("instruction", "") for config in configs))
     if len(tasks) == 1:

@@ -1,4 +1,4 @@
-"""Classification, scored by accuracy and macro F1. Answers are label texts, so a new label set needs no new head."""
+"""Classification, scored by accuracy and macro F1. Answers are label texts, so new labels need no new head."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,14 @@ from ficpd.tasks import LabelTask, has_targets
 from ficpd.types import JSON, LABEL_PRIOR, Answer, Batch, ModelOutput, Prompt, Record, Score
 
 LISTED = 20
-"""Unknown labels that an error names."""
+"""The maximum number of unknown labels in an error."""
 
 
 class Config(FrozenConfig):
-    """labels: the text of each label of the data.
-    instruction: a causal backbone reads it after the text, an encoder before each label text.
+    """Sets the labels.
+
+    labels: the text of each label of the data.
+    instruction: a text that a causal backbone reads after the record, and an encoder before each label text.
     tuned_head: tunes the label texts' embeddings as the prompt's last rows, for this label set only."""
 
     labels: dict[str, str] = Field(min_length=2)
@@ -55,7 +57,7 @@ class Classification(Task):
         return self.answers.encode(self, records, targets, backbone, prompt)
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Returns [R, C], plus the batch's label prior, if any."""
+        """Returns the scores [R, C], plus the batch's label prior, if any."""
         scores_RC = self.answers.scores(outputs, batch)
         return scores_RC + batch.extra[LABEL_PRIOR].to(scores_RC.device) if LABEL_PRIOR in batch.extra else scores_RC
 
@@ -68,7 +70,7 @@ class Classification(Task):
         return [self.names[i] for i in self.logits(answer.outputs_KB, batch).argmax(-1).tolist()]
 
     def targets(self, records: Sequence[Record]) -> list[str]:
-        """Raises `DataError`, naming all unknown labels at once."""
+        """Returns the records' labels. Raises `DataError`, naming up to `LISTED` unknown labels at once."""
         found = [self._label(record) for record in records]
         strangers = [record for record, label in zip(records, found, strict=True) if label is None]
         if strangers:
@@ -85,13 +87,13 @@ class Classification(Task):
         return {"name": "classification", **self.config.model_dump()}
 
     def _label(self, record: Record) -> str | None:
-        """Returns the label that a record's target stands for; None: an unknown one."""
+        """Returns the label of a record's target; None for an unknown one."""
         spellings = label_spellings(record.fields["target"])
         return next((spelling for spelling in spellings if spelling in self.config.labels), None)
 
 
 def _unknown_labels(first: Record, unknown: Counter[str], known: Sequence[str]) -> str:
-    """Returns the error text for labels of records that the task lacks; `first`: a record of the first of them."""
+    """Returns the error text for unknown labels. `first`: the first record with one."""
     if len(unknown) == 1:
         said = did_you_mean("label", next(iter(unknown)), known)
         return f"{first.key}, column target: {said}. Add it and its text to task.labels, or correct the record"

@@ -1,9 +1,9 @@
 """Demonstrations: shows labelled records to the frozen model together with a new text.
 
 A decoder reads the examples before the text: as many as fit, each with instruction and answer (Brown et al., NeurIPS
-2020, arXiv 2005.14165). An encoder has no such context. There the examples' mean features join the readout
+2020, arXiv 2005.14165). An encoder has no such context: the examples' mean features are mixed into its readout
 (Tip-Adapter, Zhang et al., ECCV 2022, arXiv 2111.03930; Snell et al., NeurIPS 2017, arXiv 1703.05175). Both
-reveal the records they are made of.
+reveal the records.
 """
 
 from collections.abc import Generator, Sequence
@@ -19,12 +19,16 @@ from ficpd.interfaces import Backbone, Task
 from ficpd.types import LABEL_PRIOR, Answer, Batch, Prompt, Query, Readout, Record
 
 MIXES = (0.4, 0.8)
-"""Shares of many examples in a readout row; one example has half of that."""
+"""The limit weights of many examples in a readout row. One example has half of that weight."""
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """texts: examples for a backbone with a context, in the order shown. readout: replaces the task's readout."""
+    """The demonstrations of an adapted prompt.
+
+    texts: the examples for a backbone with a context, in their order.
+    readout: replaces the task's readout, for other backbones.
+    """
 
     texts: tuple[str, ...] = ()
     readout: Readout | None = None
@@ -32,9 +36,9 @@ class Demonstrations:
     def encode(
         self, task: Task, records: Sequence[Record], backbone: Backbone, prompt: Prompt, encoded: Batch | None = None
     ) -> Batch:
-        """Encodes records with the demonstrations. Later examples that do not fit are dropped; texts are never cut.
+        """Encodes records with the demonstrations. Drops later examples that do not fit, and never cuts a text for them.
 
-        encoded: the records encoded before, which saves an encoder the work."""
+        encoded: the records' encoding, if known. Only encoders reuse it."""
         if self.readout is not None:
             batch = encoded or task.encode(records, backbone, prompt)
             without = {name: value for name, value in batch.extra.items() if name != LABEL_PRIOR}
@@ -48,7 +52,7 @@ class Demonstrations:
         return task.encode(shown, backbone, prompt)
 
     def _before(self, record: Record, lengths: Sequence[int], space: int) -> Record:
-        """Puts as many examples before the text as `space` tokens hold."""
+        """Puts as many examples before the text as fit into `space` tokens."""
         fit = []
         for text, length in zip(self.texts, lengths, strict=True):
             if length > space:
@@ -73,7 +77,7 @@ def is_in_context(backbone: Backbone) -> bool:
 def demonstrate(
     task: Task, records: Sequence[Record], batch: Batch, prompt: Prompt, backbone: Backbone
 ) -> Generator[Query, Answer, dict[str, Demonstrations]]:
-    """Makes demonstrations of records and their encoded `batch`, by mix ("" for a context, which has none).
+    """Makes demonstrations of records and their encoded `batch`, by mix ("" for a backbone with a context).
 
     Raises `LibraryError` for a task without labels or with a tuned head.
     """
@@ -94,7 +98,7 @@ def demonstrate(
 
 
 def readout_of(batch: Batch) -> Readout:
-    """Returns an encoder batch's readout, on the CPU: its task's label texts, or a learned readout."""
+    """Returns a batch's readout on the CPU: that of the label texts, or a learned readout."""
     assert batch.readout_CD is not None
     labels = len(batch.readout_CD)
     prior_BC = batch.extra.get(LABEL_PRIOR)
@@ -103,10 +107,10 @@ def readout_of(batch: Batch) -> Readout:
 
 
 def mix_readout(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: float) -> Tensor:
-    """Mixes each class's row with the mean of its n examples, weighted w = mix·n/(n+1), to [C, D].
+    """Mixes each class's row with the mean of its n examples, by the weight mix·n/(n+1). Returns [C, D].
 
-    The examples' mean is taken relative to the mean over classes, scaled to the rows' length. Otherwise classes with
-    examples would win over those without. A class without examples, or a single class, keeps its row.
+    The examples' mean is relative to the mean over classes, and scaled to the rows' length. Otherwise classes with
+    examples would win against those without. A class without examples keeps its row, and so does a single class.
     """
     rows_CD, classes = own_CD.clone(), targets_B.unique().tolist()
     if len(classes) < 2:
@@ -121,7 +125,7 @@ def mix_readout(own_CD: Tensor, features_BD: Tensor, targets_B: Tensor, mix: flo
 
 
 def balanced(records: Sequence[Record]) -> list[Record]:
-    """Orders records by turns: one of each class, then a second of each, and so on."""
+    """Orders records in turns: one of each class, then a second of each, and so on."""
     seen: dict[str, int] = {}
     turns = []
     for record in records:

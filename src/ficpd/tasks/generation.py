@@ -1,6 +1,6 @@
 """Generation of a text from a text, scored by BLEU and chrF (sacrebleu: Post, WMT 2018, arXiv 1804.08771).
 
-The model reads the source and the instruction. The target and an end token are the scored tail of the same sequence.
+The model reads the source and the instruction. The target and an end token are the scored tail of the sequence.
 Predictions may have several lines and are stripped of white space.
 """
 
@@ -20,8 +20,10 @@ from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, 
 
 
 class Config(FrozenConfig):
-    """instruction: a line between source and target.
-    max_new_tokens: maximum length of predictions; longer targets are cut."""
+    """Sets the instruction and the length of texts.
+
+    instruction: a line between source and target.
+    max_new_tokens: the maximum length of predictions in tokens. Longer targets are cut."""
 
     instruction: str = ""
     max_new_tokens: int = Field(default=48, ge=1)
@@ -32,7 +34,8 @@ def build(config: Config) -> "Generation":
 
 
 class Generation(Task):
-    """Fields: `text`, `text_pair` (optional), `target` and `references` (optional, a list of texts to score against).
+    """Fields: `text`, `text_pair` (optional), `target`, and `references` (optional: a list of texts to score against).
+
     Needs a backbone that generates."""
 
     def __init__(self, config: Config):
@@ -45,15 +48,14 @@ class Generation(Task):
         return [*([own] if own else []), *PUBLIC_SENTENCES]
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
-        """Encodes one sequence per record; the batch's targets are the tails' lengths in tokens, 0 without a target."""
+        """Encodes one sequence per record. The batch's targets are the tails' lengths in tokens (0: no target)."""
         items = [self._item(record, backbone, prompt.num_virtual_tokens) for record in records]
         lengths_B = torch.tensor([item.scored for item in items], dtype=torch.long)
         targets = lengths_B if lengths_B.any() else None
         return Batch(self, tuple((item,) for item in items), targets, None, prompt.enters_at)
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Returns minus the mean log-likelihood of the target's tokens. A record without a target has NaN and a zero
-        gradient."""
+        """Returns minus the mean log-likelihood of the target's tokens, [R]; NaN without a target."""
         assert batch.targets is not None
         unknown_R = outputs.features_RD[:, 0] * 0 + torch.nan
         if outputs.scores_RN is None:
@@ -68,8 +70,9 @@ class Generation(Task):
         return [self._references(record) for record in records]
 
     def score(self, predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> Score:
-        """Returns `bleu` and `chrf` of the corpus, 0 to 100, by sacrebleu's defaults (BLEU of 4-grams, 13a tokens). BLEU
-        is 0 if all texts are shorter than four tokens."""
+        """Returns `bleu` and `chrf` of the corpus, from 0 to 100, with sacrebleu's defaults (4-grams, 13a tokens).
+
+        BLEU is 0 if all texts are shorter than four tokens."""
         most = max((len(references) for references in targets), default=0)
         by_place = [[r[place] if place < len(r) else None for r in targets] for place in range(most)]
         measured = {

@@ -1,4 +1,4 @@
-"""Multiple choice among a record's own options, of which records may have different numbers.
+"""Multiple choice among the options of each record. The number of options may differ between records.
 
 A language model reads one sequence per option, the question first. Its score is the mean log-likelihood per token. A
 sentence encoder reads the question. Its score is the scaled cosine to the option's embedding. The accuracy has an
@@ -21,11 +21,11 @@ from ficpd.tasks import PUBLIC_SENTENCES, encode_record, has_targets
 from ficpd.types import JSON, Answer, Batch, EncodedInput, ModelOutput, Prompt, Record, Score
 
 USUAL, MOST = 4, len(ascii_uppercase)
-"""Options of a synthetic record, and the maximum of any record."""
+"""The number of options of a synthetic record, and the maximum of any record."""
 
 
 class Config(FrozenConfig):
-    """instruction: a line between question and option (language model), or before the option (encoder)."""
+    """Sets the instruction: a line between question and option (language model), or before the option (encoder)."""
 
     instruction: str = ""
 
@@ -61,7 +61,7 @@ class MultipleChoice(Task):
         return range(USUAL)
 
     def synthetic_fields(self, place: int) -> Mapping[str, Any]:
-        """Returns the options of a synthetic record, in eight different sets."""
+        """Returns the options of a synthetic record: one of eight sets."""
         return {"options": [PUBLIC_SENTENCES[(place + i) % len(PUBLIC_SENTENCES)] for i in range(USUAL)]}
 
     def encode(self, records: Sequence[Record], backbone: Backbone, prompt: Prompt) -> Batch:
@@ -81,7 +81,7 @@ class MultipleChoice(Task):
         return Batch(self, items, targets, None, prompt.enters_at, extra)
 
     def logits(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Returns [R, N], `-inf` for missing options."""
+        """Returns the scores [R, N], `-inf` for missing options."""
         features_RD = outputs.features_RD
         if "options" in batch.extra:
             places_RN = batch.extra["options"][:, : int(batch.extra["count"].max())].to(features_RD.device)
@@ -120,8 +120,7 @@ class MultipleChoice(Task):
             raise BackboneError(f"{record.key}: {error}") from error
 
     def _embedded(self, options: Sequence[Sequence[str]], backbone: Backbone) -> Tensor:
-        """Returns each option's embedding row, [B, 26]. Each text is embedded once and alone, because rounding depends on
-        the batch."""
+        """Returns each option's embedding row, [B, 26]. Embeds each text once and alone: rounding depends on the batch."""
         name, rows = backbone.fingerprint, [self._rows.get(backbone.width, torch.zeros(0, backbone.width))]
         new = {text for own in options for text in own if (name, text) not in self._places}
         texts = sorted(new, key=lambda text: (len(text), text))
@@ -136,9 +135,9 @@ class MultipleChoice(Task):
 
 
 def named_options(record: Record) -> dict[str, str]:
-    """Returns a record's options by name, without empty ones at the end. Those of a list are A, B, C, ...
+    """Returns a record's options by name, without empty ones at the end. A list's names are A, B, C, ...
 
-    Raises `DataError` unless they are a list or mapping of two texts or more.
+    Raises `DataError` unless they are a list or a mapping of 2 to 26 texts.
     """
     given = record.fields.get("options")
     if not isinstance(given, (Mapping, list, tuple)) or len(given) > MOST:
@@ -162,7 +161,7 @@ def _right(record: Record, options: Mapping[str, str]) -> Option:
     target, number = record.fields.get("target"), len(options)
     target = (
         int(target) if isinstance(target, float) and target.is_integer() else target
-    )  # pandas' floats of a column with gaps
+    )  # pandas has floats in a column with gaps
     given = str(target).strip() if isinstance(target, (str, int)) and not isinstance(target, bool) else ""
     meant = {i for i, (name, text) in enumerate(options.items())
              if given.upper() in (str(i), name.upper()) or (isinstance(target, str) and given == text)}  # fmt: skip

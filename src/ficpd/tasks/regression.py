@@ -22,8 +22,10 @@ from ficpd.types import JSON, Answer, Batch, ModelOutput, Prompt, Record, Score
 
 
 class Config(FrozenConfig):
-    """anchors: texts with at least two different values; predictions lie between the extremes.
-    instruction: stands before each anchor.
+    """Sets the anchors.
+
+    anchors: texts with at least two different values. Predictions are between the extremes.
+    instruction: a text before each anchor.
     tuned_head: tunes the anchors' embeddings as the prompt's last rows."""
 
     anchors: dict[str, float] = Field(min_length=2)
@@ -67,12 +69,12 @@ class Regression(Task):
         return scores_RC.softmax(-1) @ self.values_C.to(scores_RC.device)
 
     def loss(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        """Returns the squared error in units of half the anchors' range, so learning rates carry over between scales."""
+        """Returns the squared error [R] in units of half the anchors' range, so learning rates fit every scale."""
         assert batch.targets is not None
         return ((self.values(outputs, batch) - batch.targets) / self.half_range) ** 2
 
     def predict(self, answer: Answer, batch: Batch) -> list[float]:
-        """Returns the values. A prompt that diverged, whose scores are not numbers, predicts the anchors' mean."""
+        """Returns the predicted values. If a prompt diverged and scores are NaN, this is the anchors' mean."""
         assert answer.outputs_KB is not None
         return self.values(answer.outputs_KB, batch).nan_to_num(nan=float(self.values_C.mean())).tolist()
 
@@ -80,7 +82,7 @@ class Regression(Task):
         return [self._number(record) for record in records]
 
     def score(self, predictions: Sequence[float], targets: Sequence[float]) -> Score:
-        """Returns `rmse`, and `pearson` unless the targets or the predictions are (nearly) constant."""
+        """Returns `rmse`, and `pearson` for two records or more without (nearly) constant targets or predictions."""
         rmse = float(root_mean_squared_error(targets, predictions))
         if len(targets) < 2:
             return {"rmse": rmse}
