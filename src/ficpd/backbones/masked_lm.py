@@ -28,7 +28,7 @@ MASK = "[MASK]"
 
 
 class Config(LoadingConfig):
-    """Sets the input length. max_tokens: the longest input in tokens, prompt included."""
+    """max_tokens: the longest input in tokens, prompt included."""
 
     max_tokens: int = Field(default=256, ge=8)
 

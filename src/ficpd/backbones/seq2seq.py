@@ -24,7 +24,7 @@ from ficpd.types import EncodedInput, ModelOutput
 
 
 class Config(LoadingConfig):
-    """Sets the input length. max_tokens: the longest input of the encoder in tokens, prompt included."""
+    """max_tokens: the longest input of the encoder in tokens, prompt included."""
 
     max_tokens: int = Field(default=256, ge=8)
 

@@ -21,7 +21,7 @@ def read(
     """Reads the train and test splits of "hf:ID" (also `test.de`), or one split. Class numbers become names.
 
     source: "hf:ID", or a folder (`is_saved`).
-    only: the split to read, if train and test are not both there; None: train.
+    only: the split to read; None: train and test, or train without test. A folder with both ignores it.
     with_dev: also reads dev splits.
     columns: the columns to read; None: all.
     """

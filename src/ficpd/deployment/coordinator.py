@@ -74,9 +74,9 @@ def run_coordinator(
 ) -> RunResult:
     """Runs a recipe's method among the sites that connect.
 
-    Before it waits for sites, it raises `RunError` if `out` is taken, `ConfigError` or `PrivacyError` if the method cannot
-    run among sites or with this privacy, and the errors of `validate_distillation`. Raises `SiteError` for sites that do
-    not connect or have another backbone, and `RunError` if no round took place.
+    Before it waits for sites, it raises `RunError` if `out` is taken, and the errors of `validate_distillation`. It then
+    also raises `ConfigError` or `PrivacyError` if the method cannot run among sites or with this privacy. Later it raises
+    `SiteError` for sites that do not connect or have another backbone, and `RunError` if no round took place.
     """
     directory, experiment = RunDir(out), parse(recipe, recipe_name, records=False)
     with directory.lock():

@@ -38,7 +38,7 @@ TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 TUNE_PULL = 0.005
 """The L2 weight towards the initial prompt, divided by the start's mean square."""
 MIXED, OWN_STEPS = 3, 40
-"""A mixture's best prompts, besides the global prompt and the start, and the Adam steps of its own prompt."""
+"""The best prompts in a mixture (the global prompt and the start join them), and its own prompt's Adam steps."""
 FEW = 32
 """With fewer records a mixture has no own prompt: its weight would be near zero, and its tuning is slow."""
 HEAD_PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)

@@ -75,8 +75,8 @@ def download(name: str, revision: str | None = None) -> Path:
 def push(library: "PromptLibrary", repo_id: str, private: bool, token: str | None, page: str) -> str:
     """Sends a library's three files to a repository, created if missing; returns its address.
 
-    Raises `LibraryError` for a wrong id, for a local path in the library, for a public repository where `private` is
-    set, and for an error of the hub.
+    Raises `LibraryError` for a wrong id, for a local path in the library, and for an error of the hub. It is also
+    raised if `private` is set and the repository is public.
     """
     if not ID.fullmatch(repo_id):
         raise LibraryError(f"{repo_id!r} is no id of the Hugging Face hub: expected OWNER/NAME")

@@ -222,7 +222,7 @@ class LibrarySession:
         return shown.encode(chosen, records, backbone, start, batch) if shown else batch
 
     def predictors(self, prompt: str | None, task: str | None = None) -> Sequence[Predictor]:
-        """Returns the prompt's predictor. An adapted prompt of a mixture has all of the mixture's, on its task."""
+        """Returns the prompt's predictor, or the mixture's predictors for an adapted prompt of one, on its task."""
         vectors_PD, mixture = get_prompt(self.library, prompt).vectors_PD, self.library.mixture
         mine = prompt == ADAPTED and adapted_facts(self.library).get("task") == self.named(task)
         return mixture.predictors() if mine and mixture is not None else [Predictor(vectors_PD)]

@@ -25,7 +25,7 @@ USUAL, MOST = 4, len(ascii_uppercase)
 
 
 class Config(FrozenConfig):
-    """Sets the instruction: a line between question and option (language model), or before the option (encoder)."""
+    """instruction: a line between question and option (language model), or before the option (encoder)."""
 
     instruction: str = ""
 

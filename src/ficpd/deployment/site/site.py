@@ -179,7 +179,7 @@ class Site:
     def _evaluated(self, name: str, run: Run, assignment: Assignment) -> bytes:
         """Scores the site's test records. Sends the scores only without a DP guarantee and if the policy allows it.
 
-        If scores stay local, the answer does not depend on the outcome, and each round is scored at most once because
+        If scores stay local, the answer does not depend on the outcome. Each round is then scored at most once, because
         timing could leak information.
         """
         client = run.client

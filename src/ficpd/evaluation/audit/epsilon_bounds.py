@@ -50,9 +50,9 @@ def one_run_bound(
     the default is M / 3. Ties are broken at random. The bound is at most about log(guesses / -log(1 - confidence)).
 
     Guarantees:
-        If inclusions are fair, independent and affect nothing else in the run, the mechanism's true epsilon at `delta`, for
-        adding or removing one canary's unit, is at least the bound with probability `confidence` over inclusions and run.
-        The bound is 0 if nothing can be concluded.
+        Inclusions must be fair, independent, and affect nothing else in the run. Then the mechanism's true epsilon at
+        `delta`, for adding or removing one canary's unit, is at least the bound. The probability is `confidence`, over
+        inclusions and run. The bound is 0 if nothing can be concluded.
 
     >>> round(one_run_bound([0.0] * 500 + [1.0] * 500, [False] * 500 + [True] * 500, delta=0.0), 2)
     4.71
