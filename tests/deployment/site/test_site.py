@@ -379,7 +379,7 @@ def test_an_older_copy_of_the_ledger_is_refused(noised, tmp_path):
         own.handle(train(orders[0], said))
     with older_copy(tmp_path / "site-0"), closing(site(noised, "site-0", tmp_path)) as own:
         own.handle(train(orders[1]))
-    with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were carried out"):
+    with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were executed"):
         site(noised, "site-0", tmp_path)
 
 
@@ -392,7 +392,7 @@ def test_an_older_copy_without_an_assignment_that_failed_is_refused(noised, tmp_
         monkeypatch.setattr(type(own.model), "answer", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             own.handle(train(orders[1]))
-    with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were carried out"):
+    with pytest.raises(LedgerError, match="knows of 1 assignments, and 2 were executed"):
         site(noised, "site-0", tmp_path)
 
 

@@ -25,7 +25,7 @@ def check(config: SiteConfig, own: str, own_name: str, spec: RunSpec, backbone: 
         raise PolicyError(
             f"{config.name} does not take part, and nothing was spent: "
             + ". ".join(objections)
-            + ". Agree on one of both"
+            + ". Change one of the two"
         )
 
 

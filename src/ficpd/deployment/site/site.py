@@ -371,7 +371,7 @@ class Site:
             )
         if (known := int(written)) > found:
             raise LedgerError(
-                f"{self.folder / LEDGER} knows of {found} assignments, and {known} were carried out: it is an older copy, "
+                f"{self.folder / LEDGER} knows of {found} assignments, and {known} were executed: it is an older copy, "
                 "or its -wal file is missing. Restore the newest copy of both"
             )
 
