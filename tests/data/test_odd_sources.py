@@ -154,3 +154,11 @@ def test_the_hidden_files_would_be_read_under_another_name(tmp_path):
     assert fields(tmp_path) == [{"text": "old", "target": "old"}]
     (tmp_path / "a.csv").write_bytes(HIDDEN["~$a.csv"])
     assert "a.csv line 1: byte 0 (0xff) is not UTF-8" in refused(tmp_path)
+
+
+def test_a_saved_folder_gives_the_split_that_is_asked_for(tmp_path):
+    rows = {"text": ["a", "b", "c"], "target": ["x", "y", "x"]}
+    table = datasets.Dataset.from_dict(rows)
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "d")
+    assert [row["text"] for row in fields(str(tmp_path / "d"), hf_split="test")] == ["b"]
+    assert "splits are train, test" in refused(str(tmp_path / "d"), hf_split="dev")

@@ -29,7 +29,7 @@ def read(
     splits = _load(name, subset, only)
     sides = ["train", *["dropped"] * with_dev, "test"]
     named = {side: [split for split in splits if SPLITS.get(split.partition(".")[0]) == side] for side in sides}
-    if named["train"] and named["test"]:
+    if only is None and named["train"] and named["test"]:
         return [_table(f"{name} {split}", splits[split], columns, side) for side in sides for split in named[side]]
     only = only or "train"
     if only not in splits:
