@@ -130,16 +130,16 @@ def test_a_gpu_takes_what_its_memory_holds_and_computes_blocks_again_where_that_
 
 
 def test_a_cpu_keeps_its_chunk_unless_memory_would_run_out(monkeypatch):
-    assert chunk(monkeypatch, 64 << 30, "cpu") == (1024, None)
+    assert chunk(monkeypatch, 64 << 30, "cpu") == (512, None)
     assert chunk(monkeypatch, 4 << 30, "cpu") == (512, False)
-    assert chunk(monkeypatch, 2 << 30, "cpu", workers=2) == (1024, True)
+    assert chunk(monkeypatch, 2 << 30, "cpu", workers=2) == (512, True)
     assert chunk(monkeypatch, 128 << 20, "cpu") == (128, True)
 
 
 def test_a_backbone_that_runs_elsewhere_is_not_measured(monkeypatch):
     monkeypatch.setattr(memory, "footprint", None)
     elsewhere = SimpleNamespace(device=torch.device("cpu"), supports_features=False)
-    assert QueryEngine(elsewhere).chunk_tokens == 1024
+    assert QueryEngine(elsewhere).chunk_tokens == 512
 
 
 def answer(backbone, enters_at: int, grad: bool = True):

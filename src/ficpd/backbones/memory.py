@@ -25,7 +25,7 @@ SCORED = 0.25
 USABLE = 0.8
 """The share of the free memory that a forward may use. Allocators lose some between tensors."""
 
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 131072, "mps": 16384}
+CHUNK_TOKENS = {"cpu": 512, "cuda": 131072, "mps": 16384}
 """The maximum positions of one forward pass, with padding, by device. With 16 bits a CPU has twice as many."""
 LEAST_TOKENS = {torch.float32: (32, 64), torch.bfloat16: (448, 448)}
 """The minimum positions of one forward pass on a CPU, and of the layers below a prompt. With fewer, the processor has other
