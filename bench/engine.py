@@ -68,7 +68,7 @@ def bare(backbone: Backbone, asked: list[Query], layer: int, sort: bool = True, 
     `workers`: chunks at a time.
     """
     items = [item for query in asked for (item,) in query.batch.items]
-    tokens = QueryEngine(backbone)._tokens([Row(0, 0, 0, _shape(item)) for item in items], TOKENS)
+    tokens = QueryEngine(backbone).tokens_per_chunk([Row(0, 0, 0, _shape(item)) for item in items], TOKENS)
     parts = list(bucket_by_shape(items, _shape, tokens, TOKENS)) if sort else [items]
     chunks = [(part, backbone.encode_prefix(part, layer)) for part in parts]
     prompt = asked[0].prompts_KPD[0]
@@ -104,7 +104,7 @@ class AllThreads(AbstractContextManager):
         theirs.close()
 
     def prepared(self, layer: int, clients: int, records: int, sort: bool = True) -> Work:
-        """What makes the next work and then does it. One is prepared at a time."""
+        """Returns a work of this process. Its first call also prepares it."""
         wanted = layer, clients, records, sort
 
         def work() -> None:

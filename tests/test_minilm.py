@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ficpd.backbones.autotune import _bf16_pays
 from ficpd.backbones.query_engine import QueryEngine
 from ficpd.experiments.audit import audit_run
 from ficpd.experiments.build import build_context
@@ -33,12 +32,11 @@ def test_what_a_run_says_of_itself(minilm_run):
     assert result.dropped_updates == 0
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="the kernels of other processors are not known")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("middle", [False, True])
 def test_answer_in_a_lock_step_of_any_size_has_the_same_bits(dtype, middle):
     """Rows of 24 clients with three records each: together, alone, by fives, and in chunks of another size."""
-    if dtype == "bfloat16" and not _bf16_pays(torch.device("cpu")):
-        pytest.skip("this processor has no units for bfloat16")
     built = build_context(read("quickstart", [f"backbone.dtype={dtype}", "data.max_records=2000"]))
     backbone = built.model.backbone
     start = built.start if middle else replace(built.start, enters_at=0)

@@ -556,4 +556,9 @@ def test_chunks_of_a_shape_have_no_small_rest():
 def test_few_rows_are_spread_over_the_cores_and_many_fill_their_chunks(model, three_cores):
     engine = QueryEngine(model.backbone, chunk_tokens=2048)
     row = Row(0, 0, 0, Shape(32, False, 1))
-    assert [engine._tokens([row] * rows, 8) for rows in (1, 76, 90, 1000)] == [512, 512, 600, engine.chunk_tokens]
+    assert [engine.tokens_per_chunk([row] * rows, 8) for rows in (1, 76, 90, 1000)] == [
+        512,
+        512,
+        600,
+        engine.chunk_tokens,
+    ]

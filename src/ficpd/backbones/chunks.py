@@ -51,11 +51,11 @@ def bucket_by_shape(
         yield from (alike[first:last] for first, last in pairwise(ends))
 
 
-def filled(chunk: list[Item], of: Shape, least: int, overhead: int = 0) -> list[Item]:
+def fill_chunk(chunk: list[Item], of: Shape, least: int, overhead: int = 0) -> list[Item]:
     """Repeats the last item until a chunk has `least` positions. The results of the repetitions are not used.
 
-    A processor computes small matrix products by other kernels than large ones. With enough positions, a row's numbers
-    do not depend on the number of rows.
+    Small matrix products have other kernels than large ones. With enough positions, a row's bits do not depend on the
+    number of rows.
     """
     return chunk + chunk[-1:] * (-(-least // of.positions(overhead)) - len(chunk))
 
@@ -106,7 +106,7 @@ class HiddenStateCache(BoundedCache[tuple[EncodedInput, int], Tensor]):
         found = {item: state for (item, _), state in self.find((item, layer) for item in items).items()}
         missing = [item for item in dict.fromkeys(items) if item not in found]
         for part in bucket_by_shape(missing, lambda item: shape_of([item]), self.chunk_tokens):
-            whole = filled(part, shape_of(part[:1]), self.least_tokens)
+            whole = fill_chunk(part, shape_of(part[:1]), self.least_tokens)
             for item, state in zip(part, backbone.encode_prefix(whole, layer), strict=False):
                 found[item] = state
                 self.keep((item, layer), state, state.nbytes)

@@ -48,8 +48,8 @@ class EngineConfig(FrozenConfig):
     device: "cpu", "cuda", "cuda:N" or "mps".
     keep_mb: the maximum megabytes of cached states of the lower layers.
     chunk_tokens: the maximum positions of one forward; None: chosen by the free memory.
-    reproducible: on a CPU, the same bits in lock steps of any size, on any number of cores, and after a resume. With
-        bfloat16, lock steps of fewer than 500 records take up to 2.5 times as long.
+    reproducible: on a CPU, the same bits in lock steps of any size, on any number of cores, and after a resume. It is
+        verified on processors with AMX. With bfloat16, lock steps of few records take longer.
     checkpoint: computes blocks again in the backward, which needs less memory and more time; None: if memory is short.
     options: the settings of the engine.
     """

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape, filled, shape_of
+from ficpd.backbones.chunks import UNBATCHED, HiddenStateCache, bucket_by_shape, fill_chunk, shape_of
 from ficpd.backbones.devices import copy_to, is_out_of_memory
 from ficpd.backbones.lora import prompt_or_lora
 from ficpd.backbones.memory import FEWEST_TOKENS, FULL_TOKENS, choose_chunk, least_tokens
@@ -108,7 +108,7 @@ class QueryEngine:
         virtual = 0 if queries[0].batch.enters_at == LORA else queries[0].prompts_KPD.shape[1] - heads
         overhead = virtual + queries[0].max_new_tokens
         alone = self.exact and (queries[0].max_new_tokens > 0 or any(query.loss for query in queries))
-        tokens = UNBATCHED if alone else self._tokens(rows, overhead)
+        tokens = UNBATCHED if alone else self.tokens_per_chunk(rows, overhead)
         places, numbers = self._compute(queries, rows, tokens, overhead)
         losses, grads, outputs = zip(*numbers, strict=True)
         write = partial(self._written, queries)
@@ -144,8 +144,8 @@ class QueryEngine:
             numbers.append((loss_R, None, outputs))
         return places, numbers
 
-    def _tokens(self, rows: list[Row], overhead: int) -> int:
-        """Returns the most positions of a chunk: fewer for a few rows, so that each worker has some."""
+    def tokens_per_chunk(self, rows: list[Row], overhead: int) -> int:
+        """Returns the maximum positions of a chunk. Few rows have smaller chunks, so that each worker has one."""
         if self.workers == 1:
             return self.chunk_tokens
         whole = sum(row.shape.positions(overhead) for row in rows)
@@ -186,13 +186,12 @@ class QueryEngine:
 
     def _forward_filled(self, queries: list[Query], part: list[Row], overhead: int) -> Numbers:
         """Runs one chunk with enough positions that a row's numbers do not depend on the number of rows."""
-        whole = filled(part, part[0].shape, self.least_tokens, overhead)
+        whole = fill_chunk(part, part[0].shape, self.least_tokens, overhead)
         loss_R, grad_RPD, outputs = self._forward(queries, whole)
         if len(whole) == len(part):
             return loss_R, grad_RPD, outputs
-        first = torch.arange(len(part))
-        rows = slice(len(part))
-        return loss_R[rows], None if grad_RPD is None else grad_RPD[rows], outputs and outputs.select(first)
+        rows = torch.arange(len(part))
+        return loss_R[rows], None if grad_RPD is None else grad_RPD[rows], outputs and outputs.select(rows)
 
     def _forward_exact(self, queries: list[Query], part: list[Row], overhead: int) -> Numbers:
         """Returns the numbers of one forward pass per row, or of a common pass with the same bits."""

@@ -14,6 +14,8 @@ from ficpd.types import Answer, Batch, ModelOutput, Query
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One candidate on one record, by its numbers in the queries, and its shape."""
+
     query: int
     candidate: int
     record: int
@@ -26,7 +28,7 @@ def kind(query: Query) -> tuple:
 
 
 def computation(query: Query) -> tuple:
-    """Returns what decides the kernels of a row, besides its shape: layer, prompt shape, head rows, gradients."""
+    """Returns the key of a row's kernels, without its shape: layer, prompt length and type, head rows, gradients."""
     prompts = query.prompts_KPD.shape[1], query.prompts_KPD.is_floating_point()
     return query.batch.enters_at, *prompts, query.batch.task.head_rows, query.grad
 
