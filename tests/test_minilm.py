@@ -32,7 +32,9 @@ def test_what_a_run_says_of_itself(minilm_run):
     assert result.dropped_updates == 0
 
 
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="the kernels of other processors are not known")
+@pytest.mark.skipif(
+    not getattr(torch.cpu, "_is_amx_tile_supported", bool)(), reason="the kernels of other processors are not known"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("middle", [False, True])
 def test_answer_in_a_lock_step_of_any_size_has_the_same_bits(dtype, middle):
