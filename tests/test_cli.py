@@ -225,7 +225,7 @@ def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, 
 
 def test_a_label_that_no_record_has_stays_possible(ficpd, folder, moods, tmp_path):
     labels = [word for name in ("sad=sad", "very_happy=glad", "bored=it was dull") for word in ("--label", name)]
-    how = (*labels, "--instruction", "it was", "--how", "compose")
+    how = (*labels, "--instruction", "it was", "--how", "tune")
     told, mine = adapted(ficpd, folder, moods, tmp_path / "mine", *how)
     assert "none of the 16 records is: bored" in told
     about = mine.card["tasks"]["own"]

@@ -128,7 +128,7 @@ def test_the_core_predicts_evaluates_and_adapts(folder):
     for status, _, err in call(
         ("predict", folder / "run", "--data", data, "--out", folder / "answers.csv"),
         ("evaluate", folder / "run", "--data", data),
-        ("adapt", folder / "run", "--data", data, "--how", "compose", "--shots", "8", "--out", folder / "mine"),
+        ("adapt", folder / "run", "--data", data, "--how", "tune", "--shots", "8", "--out", folder / "mine"),
     ):
         assert status == 0, err
     heads, *lines = (folder / "answers.csv").read_text().splitlines()

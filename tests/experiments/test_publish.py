@@ -104,7 +104,7 @@ def test_a_start_that_no_guarantee_covers_is_not_published(tmp_path):
 def test_an_adapted_prompt_is_no_start_to_publish(tmp_path):
     small.run(tmp_path / "secure", "fedavg", *SECURE, rounds=1)
     records = [{"text": f"{word} film", "target": word} for word in ("good", "bad") * 2]
-    load_library(tmp_path / "secure" / "run").adapt(records, how="compose").save(tmp_path / "mine")
+    load_library(tmp_path / "secure" / "run").adapt(records, how="tune").save(tmp_path / "mine")
     for of, covered in (("global", True), ("adapted", False)):
         begun = ("prompt.init=library", f"prompt.library={tmp_path / 'mine'}", f"prompt.of={of}")
         small.run(tmp_path / of, "fedavg", *SECURE, *begun, rounds=1)
@@ -124,6 +124,6 @@ def test_only_the_librarys_own_files_are_published_and_no_later_change(tmp_path)
     published = sorted(file.name for file in (tmp_path / "out" / "library").iterdir())
     assert published == ["README.md", "card.json", "prompts.safetensors"]
     records = [{"text": f"{word} film", "target": word} for word in ("good", "bad") * 2]
-    load_library(library).adapt(records, how="compose").library.save(library)
+    load_library(library).adapt(records, how="tune").library.save(library)
     with pytest.raises(RunError, match="fitted to records without a guarantee"):
         publish(tmp_path / "run", tmp_path / "other")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import berts
 import decoders
 import small
 from ficpd import rng
@@ -63,7 +64,7 @@ def library(model) -> PromptLibrary:
     begin, prompts = small.start(model, task_of("mood"), 4, 0), {}
     for name in MEANINGS:
         shots = prepare_shots(PromptLibrary(begin, {}, {}), records(name, 32, 1), task_of(name), model, TRAINING)
-        work = ways._adam(shots, begin.vectors_PD, lambda prompt_PD: prompt_PD, 0.1, 0.0, (30,))
+        work = ways._adam(shots, begin.vectors_PD, 0.1, 0.0, (30,))
         prompts[name] = begin.with_vectors(run_queries(model, work)[30])
     mean_PD = torch.stack([prompt.vectors_PD for prompt in prompts.values()]).mean(0)
     prompts = {"global": begin.with_vectors(mean_PD), **prompts}
@@ -87,6 +88,9 @@ def fit(way: str, shots: FewShotSet, model: QueryEngine) -> dict[str, AdaptedPro
 
 def loss(fitted: AdaptedPrompt, task, given: Sequence[Record], model: QueryEngine) -> float:
     batch = fitted.encode(task, given, model.backbone)
+    if fitted.mixture is not None:
+        found_BC = run_queries(model, mixture_probabilities(fitted.predictors(), batch))
+        return float(torch.nn.functional.nll_loss(found_BC.log(), batch.targets))
     return float(model.answer([Query(fitted.prompt.vectors_PD[None], batch)])[0].loss_KB.mean())
 
 
@@ -118,48 +122,38 @@ def mixture() -> tuple[classification.Classification, list[Record]]:
     return task, small.shuffled([*records("mood", 16, 3), *records("heat", 16, 3)], 1)
 
 
-def test_a_composition_is_better_than_where_it_began(library, model):
-    task, given = mixture()
-    shots = prepare_shots(library, given, task, model, TRAINING)
-    begin, found = fit("leave", shots, model)["leave"], fit("compose", shots, model)["compose"]
-    assert loss(found, task, given, model) < loss(begin, task, given, model) - 0.02
-    weights = {part.split()[1]: float(part.split()[0]) for part in found.note.split(" + ")}
-    assert weights.keys() == library.prompts.keys()
-    rebuilt = library.compose(weights).vectors_PD
-    assert (found.prompt.vectors_PD - rebuilt).abs().max() < 0.1  # the note is rounded
-
-
-def test_weights_move_along_the_gradient_and_are_pulled_back(library, model):
-    shots = shots_of(library, model)
-    names, begin = list(library.prompts), torch.zeros(4)
-    free, tied = (run_queries(model, ways.fit_weights(shots, names, begin, pull)) for pull in (0.0, 50.0))
-    composed = [library.compose(dict(zip(names, of.tolist(), strict=True))) for of in (begin, tied, free)]
-    queries = [Query(prompt.vectors_PD[None], shots.batch) for prompt in composed]
-    losses = [float(model.answer([query])[0].loss_KB.mean()) for query in queries]
-    assert losses[2] < losses[1] <= losses[0]
-    assert tied.norm() < 0.2 * free.norm()
-
-
 class Mute(tiny.Tiny):
     """The same backbone behind a door that lets no gradient out."""
 
     supports_gradients = False
 
 
-def test_without_gradients_nothing_is_composed_or_tuned(library):
+def test_without_gradients_nothing_is_tuned(library):
     muted = Mute(tiny.Config(width=32), torch.float32, small.CPU, "tiny")
     model, given = QueryEngine(muted), records("heat", 8, 3)
     adapted = selection.adapt(library, given, task_of("heat"), model, TRAINING)
     assert {"leave", "nearest", "head"} <= adapted.table.keys()
-    assert not any(way.startswith(("compose", "tune")) for way in adapted.table)
-    with pytest.raises(LibraryError, match=r"--how compose: tiny gives no gradients"):
-        selection.adapt(library, given, task_of("heat"), model, TRAINING, "compose")
+    assert not any(way.startswith("tune") for way in adapted.table)
+    with pytest.raises(LibraryError, match=r"--how tune: tiny gives no gradients"):
+        selection.adapt(library, given, task_of("heat"), model, TRAINING, "tune")
 
 
-def test_tuning_goes_on_from_the_composition(library, model):
+def test_prompts_of_words_are_not_tuned(library, tmp_path):
+    backbone = berts.load(berts.bert(tmp_path))
+    ids = torch.tensor(backbone.vocabulary.ids("the film was good"))[:, None]
+    words, model = PromptLibrary(Prompt(ids, backbone.fingerprint, 0), {}, {}), QueryEngine(backbone)
+    task, given = task_of("mood"), records("mood", 8, 3)
+    adapted = selection.adapt(words, given, task, model, TRAINING)
+    assert adapted.table.keys() >= {"leave", "demonstrations"}
+    assert not any(way.startswith("tune") for way in adapted.table)
+    with pytest.raises(LibraryError, match="--how tune: the library's prompts are words"):
+        selection.adapt(words, given, task, model, TRAINING, "tune")
+
+
+def test_tuning_goes_on_from_the_unchanged_prompt(library, model):
     task, given = mixture()
     shots = prepare_shots(library, given, task, model, TRAINING)
-    begin, found = fit("compose", shots, model)["compose"], fit("tune", shots, model)
+    begin, found = fit("leave", shots, model)["leave"], fit("tune", shots, model)
     assert list(found) == ["tune 4", "tune 20"]
     losses = [loss(one, task, given, model) for one in (begin, found["tune 4"], found["tune 20"])]
     assert losses[0] - 0.01 > losses[1] > losses[2]
@@ -167,17 +161,13 @@ def test_tuning_goes_on_from_the_composition(library, model):
     assert far[0] < far[1] < 1.2 * 20 * ways.TUNE_RATE * 0.1
 
 
-def test_at_most_sixteen_prompts_are_composed_and_the_global_one_is_among_them(library, model):
-    random = torch.Generator().manual_seed(0)
-    begin = library.start
-    many = {f"p{i}": begin.with_vectors(begin.vectors_PD + torch.randn(4, 32, generator=random)) for i in range(30)}
-    worst = begin.with_vectors(begin.vectors_PD * -20)
-    shots = shots_of(replace(library, prompts={**many, "global": worst}), model)
-    note = fit("compose", shots, model)["compose"].note
-    taken = [part.split()[1] for part in note.split(" + ")]
-    assert len(taken) == 16
-    assert taken[0] == "global"
-    assert taken[1:] == [name for name in shots.ranked() if name != "start"][:15]
+def test_tuning_is_pulled_back_to_where_it_began(library, model, monkeypatch):
+    shots = shots_of(library, model)
+    begin_PD, far = fit("leave", shots, model)["leave"].prompt.vectors_PD, []
+    for pull in (0.0, 50.0):
+        monkeypatch.setattr(ways, "TUNE_PULL", pull)
+        far.append(float((fit("tune", shots, model)["tune 20"].prompt.vectors_PD - begin_PD).norm()))
+    assert far[1] < 0.5 * far[0]
 
 
 def test_a_head_tells_what_bad_label_texts_do_not(library, model):
@@ -301,10 +291,6 @@ def test_demonstrations_tell_what_bad_label_texts_do_not(library, model):
     losses = [loss(one, task, test, model) for one in (left, *shown.values())]
     assert losses[0] - 0.1 > losses[1] > losses[2]
     assert torch.equal(left.prompt.vectors_PD, shown["demonstrations 0.8"].prompt.vectors_PD)
-    composed = fit("compose", shots, model)["compose"]
-    both = fit("compose+demonstrations", shots, model)["compose+demonstrations 0.8"]
-    assert torch.equal(both.prompt.vectors_PD, composed.prompt.vectors_PD)
-    assert loss(both, task, test, model) < loss(composed, task, test, model) - 0.1
 
 
 def test_the_mixed_readout():
@@ -381,12 +367,12 @@ def test_auto_is_never_worse_than_leave_on_its_own_measure(library, model):
 
 def test_auto_finds_what_helps_where_the_label_texts_do_not(library, model):
     task = task_of("", warm="one", cold="two")
-    found = selection.adapt(library, records("heat", 16, 3), task, model, TRAINING)
+    found = selection.adapt(library, records("heat", 24, 3), task, model, TRAINING)
     assert found.way not in ("leave", "nearest")
     assert found.table["head"]["loss"] < found.table["leave"]["loss"] - 0.05
     assert found.table["demonstrations 0.8"]["loss"] < found.table["leave"]["loss"] - 0.1
     test = records("heat", 48, 9)
-    left = fit("leave", prepare_shots(library, records("heat", 16, 3), task, model, TRAINING), model)["leave"]
+    left = fit("leave", prepare_shots(library, records("heat", 24, 3), task, model, TRAINING), model)["leave"]
     assert loss(found.fitted, task, test, model) < loss(left, task, test, model) - 0.1
 
 
@@ -481,8 +467,8 @@ def test_folds_are_answered_in_lock_step(library, model, monkeypatch):
         QueryEngine, "answer", lambda self, queries: asked.append(len(queries)) or answer(self, queries)
     )
     monkeypatch.setattr(selection, "ONCE", 1)
-    cross_validate(shots, ["compose"], model)
-    assert asked == [5] * (ways.WEIGHT_STEPS + 1) + [0]
+    cross_validate(shots, ["tune"], model)
+    assert asked == [5] * (max(ways.TUNE_STEPS) + len(ways.TUNE_STEPS)) + [0]
 
 
 def test_a_way_that_is_named_is_taken_and_its_best_variant_tried(library, model):
@@ -584,8 +570,8 @@ def test_a_tuned_head_serves_its_own_labels_only(model):
 
 
 def test_what_cannot_be_done_is_said(library, model):
-    with pytest.raises(LibraryError, match="unknown strategy 'compos'; did you mean 'compose'"):
-        selection.adapt(library, records("heat", 8), task_of("heat"), model, TRAINING, "compos")
+    with pytest.raises(LibraryError, match="unknown strategy 'mixtur'; did you mean 'mixture'"):
+        selection.adapt(library, records("heat", 8), task_of("heat"), model, TRAINING, "mixtur")
     with pytest.raises(LibraryError, match=r"no records for --how tune"):
         selection.adapt(library, [], task_of("heat"), model, TRAINING, "tune")
     other = QueryEngine(small.backbone(width=16))

@@ -1,4 +1,4 @@
-"""Prompt libraries: kept whole, found by key or by the way a prompt has come, composed. Fitting: `test_adapt.py`."""
+"""Prompt libraries: kept whole, found by key or by the way a prompt has come. Fitting: `test_adapt.py`."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from ficpd.library.card import guarantee
 from ficpd.library.library import FORMAT, PromptLibrary, prompt_keys, require_standalone, task_embedding
 from ficpd.library.mixture import Mixture
 from ficpd.library.selection import prepare_shots
+from ficpd.library.session import get_prompt
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks import classification, generation
 from ficpd.types import Prompt, Query, Readout
@@ -217,7 +218,7 @@ def test_five_hundred_prompts(tmp_path, model):
     assert "and 492 more" in page
     assert len(page) < 1000
     with pytest.raises(LibraryError, match="and 480 more"):
-        back.compose({"south": 1.0})
+        get_prompt(back, "south")
 
 
 def task_of(**labels: str):
@@ -251,20 +252,6 @@ def test_the_nearest_by_key_was_made_for_the_most_similar_task(model):
     assert small.same(prompt_keys(["one"], tasks, {"one": ["mood", "heat"]}, model.backbone), {"one": keys["global"]})
 
 
-def test_a_composition_is_the_start_and_the_weighted_ways(model):
-    given = library(model, east=axis(model, 0, 2.0), north=axis(model, 1, 4.0))
-    half = given.compose({"east": 0.5, "north": -0.25})
-    assert small.close(half.vectors_PD, given.start.vectors_PD + axis(model, 0, 1.0) - axis(model, 1, 1.0))
-    assert same(half, given.start.with_vectors(half.vectors_PD))
-    assert small.close(given.compose({"east": 1.0}).vectors_PD, given.prompts["east"].vectors_PD)
-    assert same(given.compose({}), given.start)
-
-
-def test_a_composition_of_what_is_not_there_is_refused(model):
-    with pytest.raises(LibraryError, match="no prompt 'south' in this library; it has global, prototype-0"):
-        library(model).compose({"south": 1.0})
-
-
 def test_losses_are_those_of_every_prompt(model):
     given, records, task = library(model), small.records(9), small.classes()
     shots = prepare_shots(given, records, task, model, LocalTrainingConfig())
@@ -291,9 +278,9 @@ def test_a_guarantee_is_told_with_its_unit():
 
 def test_the_page_says_when_somebody_elses_records_are_in_it(model):
     given = library(model)
-    facts = {"task": "own", "shots": 5, "way": "compose"}
+    facts = {"task": "own", "shots": 5, "way": "nearest"}
     told = replace(given, card={**CARD, "adapted": facts}).page()
-    assert "adapted: to 5 records by compose" in told
+    assert "adapted: to 5 records by nearest" in told
     assert "no privacy guarantee for those records" in told
     assert "demonstrations" not in told
     shown = replace(given, card={**CARD, "adapted": {**facts, "demonstrations": ["a text"]}}).page()

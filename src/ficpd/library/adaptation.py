@@ -1,4 +1,4 @@
-"""Adapts a library to records by one of eight strategies. The simplest leaves the library unchanged.
+"""Adapts a library to records by one of six strategies. The simplest leaves the library unchanged.
 
 Each strategy is a generator that yields `Query`s, as a client does. The records belong to the caller, so nothing is
 private here. A strategy returns variants by name, the simplest first: fewer steps, or a smaller share of the
@@ -6,7 +6,7 @@ demonstrations. `selection.adapt` (`auto`) chooses strategy and variant by cross
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from ficpd.tasks.demonstrations import (
 from ficpd.types import Answer, Batch, Predictor, Prompt, Query, Readout, Record
 
 GLOBAL = "global"
-MOST_WEIGHTS = 16
-WEIGHT_RATE, WEIGHT_STEPS, WEIGHT_PULL = 0.05, 20, 0.5
-"""Adam's rate on a composition's weights, its steps, and the L2 weight towards the initial weights."""
 TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 """A factor on the library's learning rate (which suits many records), and the numbers of steps to compare."""
 TUNE_PULL = 0.005
@@ -81,15 +78,11 @@ class FewShotSet:
     batch: Batch
     loss_JB: Tensor
     few: bool = False
-    composed: dict[str, AdaptedPrompt] = field(default_factory=dict)
-    """The composed prompt of these records, once computed. Three strategies start from it."""
 
     def take(self, rows: Sequence[int]) -> "FewShotSet":
         index = torch.as_tensor(rows, dtype=torch.long)
         records = [self.records[i] for i in rows]
-        return replace(
-            self, records=records, batch=self.batch.select(index), loss_JB=self.loss_JB[:, index], composed={}
-        )
+        return replace(self, records=records, batch=self.batch.select(index), loss_JB=self.loss_JB[:, index])
 
     def ranked(self, names: Sequence[str] | None = None) -> list[str]:
         """Returns the candidates by increasing loss; ties keep the library's order."""
@@ -139,23 +132,6 @@ def nearest(shots: FewShotSet) -> Work:
     return {"nearest": unchanged(shots.library, shots.ranked()[0])}
 
 
-def compose(shots: FewShotSet) -> Work:
-    """Tunes the weights of start + Σ w_j (prompt_j - start), with at most 16 prompts. The initial weights select the
-    prompt of `leave`.
-
-    SPoT (Vu et al., ACL 2022, arXiv 2110.07904) and ATTEMPT (Asai et al., EMNLP 2022, arXiv 2205.11961) transfer by a
-    basis of prompts and a few weights. A weight's gradient is the prompt's gradient along its offset.
-    """
-    if "compose" not in shots.composed:
-        names = _basis(shots)
-        begin = torch.tensor([float(name == _usual(shots)) for name in names])
-        weights_J = (yield from fit_weights(shots, names, begin)) if names else begin
-        weights = dict(zip(names, weights_J.tolist(), strict=True))
-        note = " + ".join(f"{weight:.2f} {name}" for name, weight in weights.items()) or START
-        shots.composed["compose"] = AdaptedPrompt(shots.library.compose(weights), note)
-    return dict(shots.composed)
-
-
 def head(shots: FewShotSet) -> Work:
     """Fits a head to the records' features under the unchanged prompt: ridge regression towards the task's readout.
 
@@ -178,11 +154,11 @@ def head(shots: FewShotSet) -> Work:
 
 
 def tune(shots: FewShotSet) -> Work:
-    """Tunes the whole prompt by Adam from the composed prompt; returns a variant for each number of steps."""
-    (begin,) = (yield from compose(shots)).values()
+    """Tunes the whole prompt by Adam from the unchanged prompt; returns a variant for each number of steps."""
+    (begin,) = (yield from keep(shots)).values()
     rate = TUNE_RATE * shots.training.rate(1, 1)
     pull = TUNE_PULL / float(shots.library.start.vectors_PD.square().mean())
-    found = yield from _adam(shots, begin.prompt.vectors_PD, lambda prompt_PD: prompt_PD, rate, pull, TUNE_STEPS)
+    found = yield from _adam(shots, begin.prompt.vectors_PD, rate, pull, TUNE_STEPS)
     return {
         f"tune {steps}": AdaptedPrompt(begin.prompt.with_vectors(vectors_PD), f"{steps} steps from {begin.note}")
         for steps, vectors_PD in found.items()
@@ -200,13 +176,11 @@ def mix(shots: FewShotSet) -> Work:
     names += [name for name in (*shots.ranked()[:MIXED], START) if name not in names]
     candidates = [Candidate((prompts[name].vectors_PD,), own) for name in names]
     halves = shots.folds(2, rng.derive_seed(shots.seed, "halves"))
-    if shots.backbone.supports_gradients and not shots.few and len(halves) == 2:
+    if supports_tuning(shots.library, shots.backbone) and not shots.few and len(halves) == 2:
         start_PD, rate, tuned = shots.library.start.vectors_PD, shots.training.rate(1, 1), []
         for half in halves:
             part = shots.take(half)
-            tuned.append(
-                (yield from _adam(part, start_PD, lambda prompt_PD: prompt_PD, rate, 0.0, (OWN_STEPS,)))[OWN_STEPS]
-            )
+            tuned.append((yield from _adam(part, start_PD, rate, 0.0, (OWN_STEPS,)))[OWN_STEPS])
         held = (torch.tensor(halves[1]), torch.tensor(halves[0]))
         candidates.append(Candidate(tuple(tuned), own, held))
         names.append("an own prompt")
@@ -222,71 +196,41 @@ def demonstrations(shots: FewShotSet) -> Work:
     return (yield from _shown(shots, begin, "demonstrations"))
 
 
-def compose_and_demonstrate(shots: FewShotSet) -> Work:
-    """Adds the records as demonstrations to the composed prompt."""
-    (begin,) = (yield from compose(shots)).values()
-    return (yield from _shown(shots, begin, "compose+demonstrations"))
-
-
 STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
     "leave": keep,
     "nearest": nearest,
-    "compose": compose,
     "head": head,
     "tune": tune,
     "mixture": mix,
     "demonstrations": demonstrations,
-    "compose+demonstrations": compose_and_demonstrate,
 }
 
 ABOUT = {
     "leave": "the library's prompt as it is",
     "nearest": "the library's prompt that suits your task best",
-    "compose": "a weighted sum of the library's prompts",
     "head": "the library's prompt, with a readout fitted to your records",
-    "tune": "the composed prompt tuned on your records",
+    "tune": "the library's prompt tuned on your records",
     "mixture": "prompts of the library, a prompt of your own and heads, weighted by your records",
     "demonstrations": "the library's prompt, with your records shown before each text",
-    "compose+demonstrations": "the composed prompt, with your records shown before each text",
 }
 """The result of each strategy, in words."""
 
 # ---------------------------------------------------------------- parts
 
 
-def fit_weights(
-    shots: FewShotSet, names: Sequence[str], begin_J: Tensor, pull: float = WEIGHT_PULL
-) -> Generator[Query, Answer, Tensor]:
-    """Returns the weights [J] tuned by Adam on the mean loss + pull/2 |w - begin|²."""
-    offsets_JPD, start_PD = _offsets(shots, names), shots.library.start.vectors_PD
-
-    def to_prompt(weights_J: Tensor) -> Tensor:
-        return start_PD + torch.einsum("j,jpd->pd", weights_J, offsets_JPD)
-
-    found = yield from _adam(shots, begin_J, to_prompt, WEIGHT_RATE, pull, (WEIGHT_STEPS,))
-    return found[WEIGHT_STEPS]
-
-
 def _adam(
-    shots: FewShotSet,
-    begin: Tensor,
-    to_prompt: Callable[[Tensor], Tensor],
-    rate: float,
-    pull: float,
-    stops: Sequence[int],
+    shots: FewShotSet, begin_PD: Tensor, rate: float, pull: float, stops: Sequence[int]
 ) -> Generator[Query, Answer, dict[int, Tensor]]:
-    """Returns the parameters after each number of steps in `stops`. `to_prompt` maps them to a prompt [P, D]."""
-    at, optimizer = adam(begin, rate)
+    """Returns the prompt after each number of steps in `stops`, tuned on the mean loss + pull/2 |prompt - begin|²."""
+    at_PD, optimizer = adam(begin_PD, rate)
     found = {}
     for step in range(1, max(stops) + 1):
-        prompt_PD = to_prompt(at)
-        answer = yield Query(prompt_PD.detach()[None], shots.drawn(step), grad=True)
+        answer = yield Query(at_PD.detach()[None], shots.drawn(step), grad=True)
         assert answer.grad_KBPD is not None
-        (slope,) = torch.autograd.grad(prompt_PD, at, answer.grad_KBPD[0].mean(0).cpu())
-        at.grad = slope + pull * (at.detach() - begin)
+        at_PD.grad = answer.grad_KBPD[0].mean(0).cpu() + pull * (at_PD.detach() - begin_PD)
         optimizer.step()
         if step in stops:
-            found[step] = at.detach().clone()
+            found[step] = at_PD.detach().clone()
     return found
 
 
@@ -306,19 +250,13 @@ def _usual(shots: FewShotSet) -> str:
     return shots.ranked([name for name in (GLOBAL, START) if name in shots.library.candidates()])[0]
 
 
-def _basis(shots: FewShotSet) -> list[str]:
-    """Returns the prompts to compose: the global one, then those of the lowest loss."""
-    ranked = [name for name in shots.ranked() if name != START]
-    first = [GLOBAL] if GLOBAL in ranked else []
-    return [*first, *(name for name in ranked if name not in first)][:MOST_WEIGHTS]
-
-
-def _offsets(shots: FewShotSet, names: Sequence[str]) -> Tensor:
-    return torch.stack([shots.library.offset(name) for name in names])
-
-
 def class_of(task: Task, record: Record) -> str:
     return task.targets([record])[0] if task.to_config().get("labels") else ""
+
+
+def supports_tuning(library: PromptLibrary, backbone: Backbone) -> bool:
+    """Returns whether gradients can tune the library's prompts. Prompts of words have none."""
+    return backbone.supports_gradients and library.start.vectors_PD.is_floating_point()
 
 
 def supports_head(task: Task, backbone: Backbone) -> bool:

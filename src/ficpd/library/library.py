@@ -29,7 +29,6 @@ from ficpd.library.card import (
     TENSORS,
     check_format,
     damaged,
-    join_names,
     model_card,
     read_card,
     weakness,
@@ -91,19 +90,6 @@ class PromptLibrary:
         names = list(self.keys)
         cosine_N = F.cosine_similarity(torch.stack([self.keys[name] for name in names]), embedding_D[None]).tolist()
         return [name for _, name in sorted((-cosine, name) for cosine, name in zip(cosine_N, names, strict=True))][:n]
-
-    def compose(self, weights: Mapping[str, float]) -> Prompt:
-        """Returns start + Σ w_j (prompt_j - start).
-
-        Raises `LibraryError` for an unknown name, or for prompts of words.
-        """
-        if not self.start.vectors_PD.is_floating_point():
-            raise LibraryError("prompts of words cannot be mixed; use one of them")
-        for name in weights:
-            if name not in self.prompts:
-                raise LibraryError(f"no prompt {name!r} in this library; it has {join_names(self.prompts)}")
-        moved = sum((weight * self.offset(name) for name, weight in weights.items()), torch.zeros(()))
-        return self.start.with_vectors(self.start.vectors_PD + moved)
 
     def candidates(self) -> dict[str, Prompt]:
         return {START: self.start, **self.prompts}
@@ -282,7 +268,7 @@ def require_standalone(library: PromptLibrary, name: str) -> None:
     if texts:
         raise LibraryError(
             f"the prompt {name!r} needs {len(texts)} demonstrations, which are not part of a prompt; fit one without them "
-            "(`ficpd adapt --how tune`, or compose), or load both with examples/plain_transformers.py"
+            "(`ficpd adapt --how tune`), or load both with examples/plain_transformers.py"
         )
 
 

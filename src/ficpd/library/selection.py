@@ -27,6 +27,7 @@ from ficpd.library.adaptation import (
     FewShotSet,
     class_of,
     supports_head,
+    supports_tuning,
     unchanged,
 )
 from ficpd.library.card import join_names
@@ -48,7 +49,7 @@ strategies is biased."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 NEEDS_HEAD = ("head", "mixture")
 """The strategies that need features and label texts."""
-NEEDS_GRADIENTS = ("compose", "tune", "compose+demonstrations")
+NEEDS_GRADIENTS = ("tune",)
 SAME = 0.9
 """The minimum cosine of a task's embedding and a key to take its prompt without comparison (`bench/unseen.py keys`)."""
 
@@ -95,7 +96,7 @@ def adapt(
     if lack and (how == AUTO or (how == "nearest" and not records)):
         return _by_key(library, task, model.backbone, lack)
     shots = prepare_shots(library, records, task, model, training, seed)
-    can_show, can_tune = supports_demonstrations(task), model.backbone.supports_gradients
+    can_show, can_tune = supports_demonstrations(task), supports_tuning(library, model.backbone)
     can_head = supports_head(task, model.backbone)
     usable = [
         way
@@ -241,8 +242,11 @@ def _check(library: PromptLibrary, records: Sequence[Record], task: Task, backbo
         )
     if not records and how not in (AUTO, "nearest", "leave"):
         raise LibraryError(f"no records for --how {how}; give some, or use --how nearest or leave")
-    if how in NEEDS_GRADIENTS and not backbone.supports_gradients:
-        raise LibraryError(f"--how {how}: {backbone.name} gives no gradients; choose another strategy")
+    if how in NEEDS_GRADIENTS and not supports_tuning(library, backbone):
+        lack = (
+            "the library's prompts are words" if backbone.supports_gradients else f"{backbone.name} gives no gradients"
+        )
+        raise LibraryError(f"--how {how}: {lack}; choose another strategy")
     if how in NEEDS_HEAD and not supports_head(task, backbone):
         raise LibraryError(
             f"--how {how}: expected a classification on an encoder, without a tuned head; choose another strategy"
@@ -304,7 +308,7 @@ def describe_choice(way: str, why: str, how: str) -> list[str]:
     """Returns sentences on the choice, its reason, and how to take another strategy.
 
     >>> describe_choice("tune 4", "tune 4 as requested", "tune")
-    ['Chosen: tune 4, the composed prompt tuned on your records (tune 4 as requested).']
+    ['Chosen: tune 4, the library's prompt tuned on your records (tune 4 as requested).']
     """
     said = f"Chosen: {way}, {ABOUT[strategy_of(way, STRATEGIES)]} ({why})."
     if how != AUTO:
