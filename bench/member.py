@@ -27,7 +27,7 @@ from ficpd.types import ClientData
 from library import group
 from measure import Cells, parse
 
-WAYS = ("leave", "head", "tune", "mixture")
+WAYS = ("leave", "head", "ensemble", "mixture")
 CLIENTS = 10
 
 

@@ -75,28 +75,27 @@ NEWCOMERS = {"languages": "a language", "domains": "a domain of polarity", "task
 SHOTS = (0, 4, 16, 64)
 SPACES = {"delta": "by what was learned first", "prompt": "by prompts", "function": "by what prompts do"}
 WAYS = {
-    "no prompt": {"leave": "no prompt", "demonstrations 0.4": "no prompt, demonstrations"},
+    "no prompt": {
+        "leave": "no prompt", "demonstrations 0.4": "no prompt, demonstrations", "ensemble": "no prompt, ensemble",
+    },
     "none": {
-        "leave": "the task's own words", "demonstrations 0.4": "own words, demonstrations", "tune 4": "own words, 4 steps",
-        "tune 20": "own words, 20 steps",
+        "leave": "the task's own words", "tune 4": "own words, 4 steps", "tune 20": "own words, 20 steps",
+        "ensemble": "own words, ensemble",
     },
     "vocabulary": {
-        "leave": "the public start", "demonstrations 0.4": "public start, demonstrations", "tune 4": "public start, 4 steps",
-        "tune 20": "public start, 20 steps",
-    },
-    "average": {
-        "leave": "the federation's average", "tune 4": "its average, 4 steps", "tune 20": "its average, 20 steps",
+        "leave": "the public start", "tune 4": "public start, 4 steps", "tune 20": "public start, 20 steps",
+        "ensemble": "public start, ensemble",
     },
     "library": {
-        "nearest": "library: nearest", "compose": "library: composed", "tune 4": "library: composed, 4 steps",
-        "tune 20": "library: composed, 20 steps", "demonstrations 0.4": "library: demonstrations",
-        "compose+demonstrations 0.4": "library: composed, demonstrations", "auto": "library: `auto`",
+        "leave": "library: unchanged", "nearest": "library: nearest", "tune 4": "library: 4 steps",
+        "tune 20": "library: 20 steps", "head": "library: head", "demonstrations 0.4": "library: demonstrations",
+        "mixture": "library: mixture", "ensemble": "**library: ensemble**", "auto": "library: `auto`",
     },
 }  # fmt: skip
 """What stands beside whom in `unseen_*.json` and in the table: of demonstrations the smaller weight, 0.4."""
 UNTUNED = {
     ("no prompt", "leave"): ("no prompt", "start"), ("none", "leave"): ("none", "start"),
-    ("vocabulary", "leave"): ("library", "start"), ("average", "leave"): ("library", "global"),
+    ("vocabulary", "leave"): ("library", "start"), ("library", "leave"): ("library", "global"),
     ("library", "nearest"): ("library", "nearest key"), ("library", "auto"): ("library", "auto"),
 }  # fmt: skip
 """Where the figure without a record stands, of a way that needs none."""

@@ -4,8 +4,8 @@ python bench/unseen.py tasks|fine|domains|languages|keys [--seeds 0 1 2] [--data
 
 A federation without it leaves a library; few records of what was left out are then fitted to it by every way of `adapt`,
 and scored on test records. Beside it stand the same ways without a library: no prompt, a prompt of the task's own words,
-the prompt that every federation begins with (words of the vocabulary, which are public), demonstrations, and tuning from
-the federation's average. What was measured before is not run again, nor the federation if only its start is missing.
+the prompt that every federation begins with (words of the vocabulary, which are public). What was measured before is
+not run again, nor the federation if only its start is missing.
 
 `tasks`: each task of `library.py`'s mix in turn. `fine`: the same with CLINC150 and Banking77 as many small tasks, and a
 prompt meta-learned on public texts. `domains`: polarity without one of its four. `languages`: SIB-200 in 16 languages on
@@ -30,7 +30,7 @@ from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.interfaces import Task
-from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt
+from ficpd.library.adaptation import FEW, STRATEGIES, AdaptedPrompt
 from ficpd.library.library import PromptLibrary, task_embedding
 from ficpd.library.records import draw_shots
 from ficpd.library.selection import adapt, prepare_shots
@@ -128,34 +128,31 @@ class Newcomer:
         return adapt(library, records, self.task, context.model, context.experiment.training, how, self.seed).fitted
 
 
-ALONE = ("leave", "tune", "demonstrations", "head")
+ALONE = ("leave", "tune", "demonstrations", "head", "ensemble")
 
 
 def measured(
     cells: Cells, name: str, seed: int, newcomer: Newcomer, library: Callable[[], PromptLibrary], shots: Sequence[int]
 ) -> None:
-    """The cells of one newcomer: with the library; with the federation's average alone; with its start alone (vocabulary);
-    with a start of the task's own words (none); with no prompt at all."""
+    """The cells of one newcomer: with the library; with its start alone (vocabulary); with a start of the task's own words
+    (none); with no prompt at all. `auto` is run on few records only: with more it tunes prompts in each fold."""
     alone, begun, bare = newcomer.alone(), newcomer.begun(), newcomer.bare()
 
     def given(few: int, auto: bool) -> dict[str, float]:
         return newcomer.fitted(library(), few, list(STRATEGIES), auto) if few else newcomer.unfitted(library())
 
-    def averaged(few: int) -> dict[str, float]:
-        of = library()
-        return newcomer.fitted(PromptLibrary(of.start, {"global": of.prompts["global"]}, {}), few, ALONE[:2], False)
-
     for few in shots:
-        said, auto = f"{name}, {few} shots", few == 16
+        said, auto = f"{name}, {few} shots", 0 < few < FEW
         cells.add(f"{said}, library", seed, partial(given, few, auto))
         if not few:
             cells.add(f"{said}, none", seed, partial(newcomer.unfitted, alone))
             cells.add(f"{said}, no prompt", seed, partial(newcomer.unfitted, bare))
             continue
-        cells.add(f"{said}, average", seed, partial(averaged, few))
         cells.add(f"{said}, none", seed, partial(newcomer.fitted, alone, few, ALONE, auto))
         cells.add(
-            f"{said}, no prompt", seed, partial(newcomer.fitted, bare, few, ["leave", "demonstrations", "head"], False)
+            f"{said}, no prompt",
+            seed,
+            partial(newcomer.fitted, bare, few, ["leave", "demonstrations", "head", "ensemble"], False),
         )
         cells.add(f"{said}, vocabulary", seed, partial(newcomer.fitted, begun, few, ALONE, False))
 

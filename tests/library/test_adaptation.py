@@ -132,7 +132,7 @@ def test_without_gradients_nothing_is_tuned(library):
     muted = Mute(tiny.Config(width=32), torch.float32, small.CPU, "tiny")
     model, given = QueryEngine(muted), records("heat", 8, 3)
     adapted = selection.adapt(library, given, task_of("heat"), model, TRAINING)
-    assert {"leave", "nearest", "head"} <= adapted.table.keys()
+    assert {"leave", "nearest", "ensemble"} == adapted.table.keys()
     assert not any(way.startswith("tune") for way in adapted.table)
     with pytest.raises(LibraryError, match=r"--how tune: tiny gives no gradients"):
         selection.adapt(library, given, task_of("heat"), model, TRAINING, "tune")
@@ -214,6 +214,33 @@ def test_a_decoder_has_no_rows_for_a_head_to_replace(decoder):
     assert "head" not in found.table
     with pytest.raises(LibraryError, match="expected a classification on an encoder"):
         selection.adapt(PromptLibrary(begin, {}, {}), given, task, decoder, TRAINING, "head")
+
+
+@pytest.mark.parametrize("count", [4, 24])
+def test_an_ensemble_averages_the_probabilities_of_three_readouts(library, model, count):
+    task, test = task_of("heat"), records("heat", 20, 9)
+    shots = shots_of(library, model, count=count)
+    left, headed, shown, averaged = (
+        list(fit(way, shots, model).values())[-1] for way in ("leave", "head", "demonstrations", "ensemble")
+    )
+
+    def shares(fitted: AdaptedPrompt) -> torch.Tensor:
+        batch = fitted.encode(task, test, model.backbone)
+        return run_queries(model, mixture_probabilities(fitted.predictors(), batch))
+
+    texts = 8 / (8 + count)
+    wanted_BC = texts * shares(left) + (1 - texts) / 2 * (shares(headed) + shares(shown))
+    assert small.close(shares(averaged), wanted_BC)
+    assert not small.close(shares(averaged), shares(left), 1e-3)
+    assert torch.equal(averaged.prompt.vectors_PD, left.prompt.vectors_PD)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_an_ensemble_of_one_class_keeps_the_rows_of_the_others(library, model, count):
+    given = [record for record in records("heat", 24, 3) if record.fields["target"] == "cold"][:count]
+    found = selection.adapt(library, given, task_of("heat"), model, TRAINING, "ensemble")
+    assert found.way == "ensemble"
+    assert torch.isfinite(found.fitted.mixture.rows_MCD).all()
 
 
 def test_a_mixture_tells_what_bad_label_texts_do_not(library, model):
@@ -357,10 +384,10 @@ def test_a_decoder_is_adapted_with_examples_in_its_context(decoder):
     assert list(found.table) == ["demonstrations"]
 
 
-def test_auto_is_never_worse_than_leave_on_its_own_measure(library, model):
-    for name in ("mood", "size"):
-        found = selection.adapt(library, records(name, 12, 5), task_of(name), model, TRAINING)
-        assert found.table[found.way]["loss"] <= found.table["leave"]["loss"]
+def test_auto_is_never_worse_than_its_default_on_its_own_measure(library, model):
+    for name, count, default in (("mood", 12, "leave"), ("size", 12, "leave"), ("size", 16, "ensemble")):
+        found = selection.adapt(library, records(name, count, 5), task_of(name), model, TRAINING)
+        assert found.table[found.way]["loss"] <= found.table[default]["loss"]
         assert {"loss", "error", "accuracy", "f1"} <= found.table["leave"].keys()
         assert found.way in selection.describe_choice(found.way, found.said, "auto")[0]
 
@@ -368,9 +395,8 @@ def test_auto_is_never_worse_than_leave_on_its_own_measure(library, model):
 def test_auto_finds_what_helps_where_the_label_texts_do_not(library, model):
     task = task_of("", warm="one", cold="two")
     found = selection.adapt(library, records("heat", 24, 3), task, model, TRAINING)
-    assert found.way not in ("leave", "nearest")
-    assert found.table["head"]["loss"] < found.table["leave"]["loss"] - 0.05
-    assert found.table["demonstrations 0.8"]["loss"] < found.table["leave"]["loss"] - 0.1
+    assert found.way == "ensemble"
+    assert found.table["ensemble"]["loss"] < found.table["leave"]["loss"] - 0.1
     test = records("heat", 48, 9)
     left = fit("leave", prepare_shots(library, records("heat", 24, 3), task, model, TRAINING), model)["leave"]
     assert loss(found.fitted, task, test, model) < loss(left, task, test, model) - 0.1
@@ -389,14 +415,25 @@ def rows(**losses: tuple[float, float]) -> dict[str, dict[str, float]]:
     (rows(leave=(1.0, 0.0), nearest=(1.0, 0.0)), "leave"),
 ])  # fmt: skip
 def test_the_simplest_within_an_error_of_the_best_is_chosen(table, way):
-    assert one_standard_error_rule(table) == way
+    assert one_standard_error_rule(table, 16) == way
+
+
+@pytest.mark.parametrize(("table", "count", "way"), [
+    (rows(leave=(0.95, 0.1), nearest=(0.9, 0.0), ensemble=(1.0, 0.05)), 16, "ensemble"),
+    (rows(leave=(0.95, 0.1), nearest=(0.9, 0.0), ensemble=(1.0, 0.05)), 15, "leave"),
+    (rows(leave=(1.0, 0.04), nearest=(0.9, 0.05), ensemble=(0.95, 0.05), mixture=(0.9, 0.0)), 15, "nearest"),
+    (rows(leave=(0.93, 0.02), nearest=(1.1, 0.05), ensemble=(0.95, 0.02), mixture=(0.9, 0.0)), 64, "mixture"),
+    (rows(leave=(0.9, 0.0), nearest=(1.1, 0.05), ensemble=(0.95, 0.02)), 64, "leave"),
+])  # fmt: skip
+def test_the_ensemble_of_enough_records_is_taken_unless_another_is_surely_better(table, count, way):
+    assert one_standard_error_rule(table, count) == way
 
 
 def test_the_error_is_that_of_the_difference_to_the_best():
     losses = {"leave": torch.tensor([1.0, 3.0, 5.0, 7.0]), "tune": torch.tensor([0.0, 2.0, 4.0, 6.0])}
     table = selection._table(losses, {way: [{"accuracy": 0.5}, {"accuracy": 1.0}] for way in losses})
     assert table["leave"] == {"loss": 4.0, "error": 0.0, "accuracy": 0.75}  # always one more: nothing uncertain in it
-    assert one_standard_error_rule(table) == "tune"
+    assert one_standard_error_rule(table, 4) == "tune"
 
 
 def test_how_sure_a_way_is_counts_for_nothing():

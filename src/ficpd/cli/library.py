@@ -37,7 +37,7 @@ def adapt(
     shots: Annotated[int, typer.Option(help="number of records used; 0: all", min=0)] = 16,
     per_class: Annotated[bool, typer.Option("--per-class", help="use --shots records of each class")] = False,
     how: Annotated[
-        str, typer.Option(help="auto, leave, nearest, head, tune, mixture, demonstrations")
+        str, typer.Option(help="auto, leave, nearest, head, ensemble, tune, mixture, demonstrations")
     ] = "auto",
     task: TaskName = None,
     label: Annotated[

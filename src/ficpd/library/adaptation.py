@@ -1,4 +1,4 @@
-"""Adapts a library to records by one of six strategies. The simplest leaves the library unchanged.
+"""Adapts a library to records by one of seven strategies. The simplest leaves the library unchanged.
 
 Each strategy is a generator that yields `Query`s, as a client does. The records belong to the caller, so nothing is
 private here. A strategy returns variants by name, the simplest first: fewer steps, or a smaller share of the
@@ -29,7 +29,7 @@ from ficpd.tasks.demonstrations import (
 )
 from ficpd.types import Answer, Batch, Predictor, Prompt, Query, Readout, Record
 
-GLOBAL = "global"
+GLOBAL, ENSEMBLE = "global", "ensemble"
 TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 """A factor on the library's learning rate (which suits many records), and the numbers of steps to compare."""
 TUNE_PULL = 0.005
@@ -38,6 +38,8 @@ MIXED, OWN_STEPS = 3, 40
 """The best prompts in a mixture (the global prompt and the start join them), and its own prompt's Adam steps."""
 FEW = 32
 """With fewer records a mixture has no own prompt: its weight would be near zero, and its tuning is slow."""
+TEXTS_COUNT = 8
+"""The label texts of an ensemble weigh as much as this many records."""
 HEAD_PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH = 32
 """The maximum number of records in a step."""
@@ -153,6 +155,32 @@ def head(shots: FewShotSet) -> Work:
     return {"head": AdaptedPrompt(begin.prompt, f"a head of {len(shots.records)} records on {begin.note}", read)}
 
 
+def ensemble(shots: FewShotSet) -> Work:
+    """Averages the probabilities of three readouts under the unchanged prompt: label texts, a head and demonstrations.
+
+    Each errs in another way with few records, and the average has a lower variance (deep ensembles: Lakshminarayanan et
+    al., NeurIPS 2017, arXiv 1612.01474). The label texts have the weight 8/(8 + n), the others share the rest.
+    """
+    (begin,) = (yield from keep(shots)).values()
+    (fitted,) = (yield from head(shots)).values()
+    *_, shown = (yield from demonstrations(shots)).values()
+    texts = TEXTS_COUNT / (TEXTS_COUNT + len(shots.records))
+    readouts = [readout_of(shots.batch)]
+    for one in (fitted, shown):
+        assert one.demonstrations is not None
+        assert one.demonstrations.readout is not None
+        readouts.append(one.demonstrations.readout)
+    averaged = Mixture(
+        begin.prompt.vectors_PD[None],
+        torch.zeros(3, dtype=torch.long),
+        torch.tensor([texts, (1 - texts) / 2, (1 - texts) / 2]),
+        torch.stack([readout.rows_CD for readout in readouts]),
+        torch.stack([readout.bias_C for readout in readouts]),
+    )
+    note = f"label texts ({texts:.2f}), a head and demonstrations of {len(shots.records)} records on {begin.note}"
+    return {ENSEMBLE: AdaptedPrompt(begin.prompt, note, mixture=averaged)}
+
+
 def tune(shots: FewShotSet) -> Work:
     """Tunes the whole prompt by Adam from the unchanged prompt; returns a variant for each number of steps."""
     (begin,) = (yield from keep(shots)).values()
@@ -200,6 +228,7 @@ STRATEGIES: dict[str, Callable[[FewShotSet], Work]] = {
     "leave": keep,
     "nearest": nearest,
     "head": head,
+    ENSEMBLE: ensemble,
     "tune": tune,
     "mixture": mix,
     "demonstrations": demonstrations,
@@ -209,6 +238,7 @@ ABOUT = {
     "leave": "the library's prompt as it is",
     "nearest": "the library's prompt that suits your task best",
     "head": "the library's prompt, with a readout fitted to your records",
+    ENSEMBLE: "the library's prompt, with an average of label texts, a head and your records' means",
     "tune": "the library's prompt tuned on your records",
     "mixture": "prompts of the library, a prompt of your own and heads, weighted by your records",
     "demonstrations": "the library's prompt, with your records shown before each text",

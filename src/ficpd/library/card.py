@@ -141,7 +141,7 @@ def adapted_line(card: Mapping[str, Any], readouts: Container[str]) -> str:
     facts = card.get(ADAPTED)
     if facts is None:
         return ""
-    holds = bool(facts.get("demonstrations")) or ADAPTED in readouts or facts.get("way") == "mixture"
+    holds = bool(facts.get("demonstrations")) or ADAPTED in readouts or facts.get("way") in ("ensemble", "mixture")
     shown = ", and the demonstrations, head or mixture that come with it," if holds else ""
     return (
         f"- adapted: to {facts.get('shots', '?')} records by {facts.get('way', '?')}. The prompt `{ADAPTED}`{shown} has no "

@@ -1,8 +1,10 @@
 """Selects the best adaptation strategy for a few records, by cross-validation on them.
 
-The rule takes the simplest strategy within one standard error of the best (Breiman et al., Classification and Regression
-Trees, 1984, section 3.4.3). It takes the unchanged library if that is within two. The standard error is that of the
-paired difference to the best strategy. The choice never has a higher cross-validated loss than the unchanged library.
+On an encoder the choice is among the unchanged library, its nearest prompt, an ensemble of readouts and, for 32 records or
+more, a mixture. Elsewhere it is among all strategies that can run. The default is the ensemble of 16 records or more,
+else the unchanged library. Another strategy is taken only if it is better by two standard errors of the paired
+difference: then the simplest within one standard error of the best (Breiman et al., Classification and Regression Trees,
+1984, section 3.4.3). The choice never has a higher cross-validated loss than the default.
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -20,6 +22,7 @@ from ficpd.evaluation.evaluate import mixture_probabilities, run_all
 from ficpd.interfaces import Backbone, Task
 from ficpd.library.adaptation import (
     ABOUT,
+    ENSEMBLE,
     FEW,
     GLOBAL,
     STRATEGIES,
@@ -44,10 +47,12 @@ ONCE = 12
 """With fewer records than this, the folds are drawn several times."""
 REPEATS = 3
 SURE = 2.0
-"""The unchanged library is taken within this many standard errors of the best. One is too few: the minimum over
-strategies is biased."""
+"""The default is taken within this many standard errors of the best. One is too few: the minimum over strategies is
+biased."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-NEEDS_HEAD = ("head", "mixture")
+ENOUGH = 16
+"""With fewer records the unchanged library is the default, and the ensemble has to be surely better."""
+NEEDS_HEAD = ("head", ENSEMBLE, "mixture")
 """The strategies that need features and label texts."""
 NEEDS_GRADIENTS = ("tune",)
 SAME = 0.9
@@ -96,21 +101,12 @@ def adapt(
     if lack and (how == AUTO or (how == "nearest" and not records)):
         return _by_key(library, task, model.backbone, lack)
     shots = prepare_shots(library, records, task, model, training, seed)
-    can_show, can_tune = supports_demonstrations(task), supports_tuning(library, model.backbone)
-    can_head = supports_head(task, model.backbone)
-    usable = [
-        way
-        for way in STRATEGIES
-        if (can_show or "demonstrations" not in way)
-        and (can_tune or way not in NEEDS_GRADIENTS)
-        and (can_head or way not in NEEDS_HEAD)
-    ]
-    ways = [how] if how != AUTO else usable
+    ways = [how] if how != AUTO else _compared(shots)
     table = {} if lack else cross_validate(shots, ways, model)
-    best = one_standard_error_rule(table) if table else ways[0]
+    best = one_standard_error_rule(table, len(records)) if table else ways[0]
     found = run_queries(model, STRATEGIES[strategy_of(best, ways)](shots))
     way = best if table else list(found)[len(found) // 2]
-    return AdaptationResult(way, found[way], table, _reason(how, way, table, lack))
+    return AdaptationResult(way, found[way], table, _reason(how, way, table, lack, len(records)))
 
 
 def prepare_shots(
@@ -122,6 +118,14 @@ def prepare_shots(
     stacked_JPD = torch.stack([prompt.vectors_PD for prompt in library.candidates().values()])
     loss_JB = model.answer([Query(stacked_JPD, batch)])[0].loss_KB.cpu()
     return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB, len(records) < FEW)
+
+
+def _compared(shots: FewShotSet) -> list[str]:
+    """Returns the strategies that `auto` compares. On an encoder, heads alone and tuning never won over an ensemble."""
+    if supports_head(shots.task, shots.backbone):
+        return ["leave", "nearest", ENSEMBLE, *([] if shots.few else ["mixture"])]
+    can_show, can_tune = supports_demonstrations(shots.task), supports_tuning(shots.library, shots.backbone)
+    return ["leave", "nearest", *(["tune"] if can_tune else []), *(["demonstrations"] if can_show else [])]
 
 
 # ---------------------------------------------------------------- cross-validation
@@ -216,16 +220,21 @@ def _fit_and_predict(
     return found
 
 
-def one_standard_error_rule(table: Mapping[str, Score]) -> str:
-    """Returns the first variant within one standard error of the lowest loss and no worse than the first variant.
+def default_variant(table: Iterable[str], records: int) -> str:
+    """Returns the ensemble if it has at least `ENOUGH` records, else the unchanged prompt, the first variant."""
+    names = list(table)
+    return ENSEMBLE if ENSEMBLE in names and records >= ENOUGH else names[0]
 
-    Returns the first variant (the unchanged prompt) if it is within `SURE` standard errors.
+
+def one_standard_error_rule(table: Mapping[str, Score], records: int) -> str:
+    """Returns the default if no variant's loss is lower by `SURE` standard errors.
+
+    Otherwise returns the first variant within one standard error of the lowest loss and no worse than the default.
     """
-    lowest = min(row["loss"] for row in table.values())
-    first, row = next(iter(table.items()))
-    if row["loss"] <= lowest + SURE * row["error"]:
-        return first
-    return next(v for v, other in table.items() if other["loss"] <= min(lowest + other["error"], row["loss"]))
+    lowest, default = min(row["loss"] for row in table.values()), table[usual := default_variant(table, records)]
+    if default["loss"] <= lowest + SURE * default["error"]:
+        return usual
+    return next(v for v, row in table.items() if row["loss"] <= min(lowest + row["error"], default["loss"]))
 
 
 # ---------------------------------------------------------------- checks
@@ -291,7 +300,7 @@ def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -
     return AdaptationResult("leave", unchanged(library, name), {}, f"{lack}; took {name} unchanged")
 
 
-def _reason(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
+def _reason(how: str, way: str, table: Mapping[str, Score], lack: str, records: int) -> str:
     if lack:
         return f"{lack}; {way} as requested"
     if how != AUTO:
@@ -299,7 +308,7 @@ def _reason(how: str, way: str, table: Mapping[str, Score], lack: str) -> str:
     best = min(table, key=lambda variant: table[variant]["loss"])
     if way == best:
         return "it has the lowest loss on records held back"
-    if way == next(iter(table)):
+    if way == default_variant(table, records):
         return f"no other strategy is better by {SURE:g} standard errors; {best} comes closest"
     return f"it is the simplest within a standard error of the best, {best}"
 

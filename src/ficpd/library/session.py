@@ -140,8 +140,8 @@ class LibrarySession:
         """Fits the library to a few records. The new library also has the prompt `adapted` and its task.
 
         shots: the number of records used (0: all), in total or `per_class`.
-        how: "auto", or one of `adaptation.STRATEGIES`: "leave", "nearest", "head", "tune", "mixture" or
-            "demonstrations".
+        how: "auto", or one of `adaptation.STRATEGIES`: "leave", "nearest", "head", "ensemble", "tune",
+            "mixture" or "demonstrations".
         task: a task of the library. `labels` (label to text) and `instruction` define a new task instead.
         say: receives a sentence about the task, and one about labels without a record.
 
