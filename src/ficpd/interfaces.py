@@ -362,11 +362,10 @@ class ClientContext(Protocol):
         """Returns all records of the client, for the rows of a `private_sum`."""
         ...
 
-    def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalContext":
+    def local_context(self, held_back: float = 0.0) -> "LocalContext":
         """Returns a non-private view of this client. Its results must not enter an update.
 
         They must not enter the prompt of a query either, if its answer is averaged for an update.
-        complement: swaps the records held back and the others.
         """
         ...
 
@@ -378,10 +377,6 @@ class LocalContext(ClientContext, Protocol):
 
     def holdout(self) -> Batch:
         """Returns the records that `batches` leaves out, for model selection; empty for few records."""
-        ...
-
-    def held_places(self) -> Tensor:
-        """Returns the indices of the holdout in `full_batch`, [n]."""
         ...
 
 

@@ -244,8 +244,8 @@ class ClientSession:
     def full_batch(self) -> Batch:
         return self.client.encoded()
 
-    def local_context(self, held_back: float = 0.0, complement: bool = False) -> "LocalSession":
-        return LocalSession(self, *self._assignment, held_back, complement)
+    def local_context(self, held_back: float = 0.0) -> "LocalSession":
+        return LocalSession(self, *self._assignment, held_back)
 
     def charge(self, kind: ReleaseKind, name: str = "", count: int = 1) -> None:
         """Adds the cost of releases in advance. Raises `BudgetError` if the budget does not allow them."""
@@ -259,11 +259,10 @@ class LocalSession(ClientSession):
     """The same records without mechanism, ledger and compression (`LocalContext`).
 
     `held_back`: the share of the records that `batches` leaves out and `holdout` returns, the same in all assignments.
-    A subject's records are never divided. `complement`: swaps the two parts.
-    Clients with fewer than `MIN_HOLDOUT_RECORDS` records hold none back.
+    A subject's records are never divided. Clients with fewer than `MIN_HOLDOUT_RECORDS` records hold none back.
     """
 
-    def __init__(self, session: ClientSession, round: int, method: str, held_back: float, complement: bool):
+    def __init__(self, session: ClientSession, round: int, method: str, held_back: float):
         super().__init__(replace(session.client, mechanism=NoPrivacy(), account=None), round, f"{method} at home")
         self.client_state = session.client_state
         records = len(self.client.train)
@@ -275,8 +274,6 @@ class LocalSession(ClientSession):
         apart = set(taken)
         rest = [place for group in order for place in groups[group] if place not in apart]
         self._held, self._learnt = (torch.tensor(places, dtype=torch.long) for places in (taken, rest))
-        if complement and taken:
-            self._held, self._learnt = self._learnt, self._held
 
     def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
         records = self.client.encoded().select(self._learnt)
@@ -287,9 +284,6 @@ class LocalSession(ClientSession):
 
     def holdout(self) -> Batch:
         return self.client.encoded().select(self._held)
-
-    def held_places(self) -> Tensor:
-        return self._held
 
     @property
     def subspace(self) -> None:

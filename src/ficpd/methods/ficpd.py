@@ -27,7 +27,7 @@ from ficpd.interfaces import Backbone, ClientContext, Model, Task
 from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.clustering import Clusters, cluster_within_keys, relabel_clusters, shrinkage
 from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
-from ficpd.methods.shared.mixture import Candidate, tune_alone, weigh_candidates
+from ficpd.methods.shared.mixture import Candidate, weigh_candidates
 from ficpd.methods.shared.readouts import (
     assigned_readout,
     client_key,
@@ -87,7 +87,6 @@ class Config(FrozenConfig):
     rate_multiple: factor of the learning rate in the label texts' readout.
     local_model: the client's model. "prototype": the received prompt. "heads": a mixture of that prompt, the start, and
         heads of its own records (also nearest neighbours, if there is no readout that was learned without them).
-        "mixture": also prompts that it tunes alone.
     label_prior: adds the client's label shares to the logits (classification only). "auto": from the counts in the
         client's class totals, if a readout was learned without noise. True: from the statistic `labels`, which takes a
         share of a record-level budget.
@@ -103,7 +102,7 @@ class Config(FrozenConfig):
     class_totals: bool = True
     totals_share: float = Field(default=0.15, gt=0, lt=1)
     rate_multiple: float = Field(default=3.0, gt=0)
-    local_model: Literal["prototype", "heads", "mixture"] = "heads"
+    local_model: Literal["prototype", "heads"] = "heads"
     label_prior: bool | Literal["auto"] = "auto"
     proximal_weight: float = Field(default=0.0, ge=0)
     server: ServerOptimizer = ServerOptimizer()
@@ -209,10 +208,6 @@ class Ficpd(Method):
                 Candidate((learned,), readout, scoring=scoring),
                 Candidate((other,), neighbours=scoring is None),
             ]
-        if self.config.local_model == "mixture" and (
-            alone := (yield from tune_alone(self.training, client, assignment))
-        ):
-            candidates.append(alone)
         return (yield from weigh_candidates(client, candidates))
 
     def readout(self, state: State, client: ClientCard) -> Readout | None:

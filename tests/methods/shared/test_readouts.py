@@ -265,7 +265,7 @@ def test_a_client_of_one_label_or_one_record_takes_part_and_is_served(model):
 
 
 def test_a_mixture_weighs_by_the_clients_own_records_and_sends_nothing(model):
-    method = small.method("ficpd", local_model="mixture")
+    method = small.method("ficpd")
     members = small.clients(model, method, 2)
     members["site-0"].train = small.records(40)
     state, _ = after_one_round(model, method, members)

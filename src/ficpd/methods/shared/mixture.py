@@ -13,7 +13,6 @@ subjects, both leave out all records of the record's subject.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,7 @@ from ficpd.interfaces import ClientContext
 from ficpd.methods.shared.class_totals import left_out_priors
 from ficpd.methods.shared.heads import MIN_RECORDS, STRENGTHS, OwnHead, fit_heads, nearest_neighbours
 from ficpd.methods.shared.readouts import reading
-from ficpd.optimizers import LocalTrainingConfig, tune
-from ficpd.types import Answer, Assignment, Batch, ModelOutput, Predictor, Query, Readout
+from ficpd.types import Answer, Batch, ModelOutput, Predictor, Query, Readout
 
 TEMPERATURES = (0.5, 1.0)
 WITHOUT_PRIOR = 0.1
@@ -111,27 +109,6 @@ def weigh_members(
         assert answer.outputs_KB is not None
         members.append(_members(candidate, answer.outputs_KB, batch, targets_B, subject_B))
     return members, _weights(members, targets_B)
-
-
-def tune_alone(
-    training: LocalTrainingConfig, client: ClientContext, assignment: Assignment
-) -> Generator[Query, Answer, Candidate | None]:
-    """Tunes two prompts on the client's records, each on one half, with the steps of all rounds.
-
-    Each is scored on the other half (cross-fitting). None for a client with too few records to halve.
-    """
-    tuned, held = [], []
-    for complement in (False, True):
-        local = client.local_context(0.5, complement)
-        if not len(local.holdout()):
-            return None
-        prompt, memory, rounds = client.start, {}, max(assignment.round - 1, 1)
-        for round in range(1, rounds + 1):
-            order = replace(assignment, round=round, facts={"rate": training.rate(round, rounds)})
-            prompt = yield from tune(training, local, order, prompt, memory=memory)
-        tuned.append(prompt)
-        held.append(local.held_places())
-    return Candidate(tuple(tuned), None, tuple(held))
 
 
 def _members(
