@@ -74,9 +74,9 @@ class ClientStates:
             body = storage.pack_tensors(state, {})
             self.file.execute("insert or replace into states values (?, ?, ?)", (name, round, body))
             self.file.execute(
-                "delete from states where client = ?1 and round < "
-                "(select max(round) from states where client = ?1 and round < ?2)",
-                (name, round),
+                "delete from states where client = :client and round < "
+                "(select max(round) from states where client = :client and round < :round)",
+                {"client": name, "round": round},
             )
             self.names.add(name)
             self._keep(name, dict(state))

@@ -239,7 +239,7 @@ ABOUT = {
     "nearest": "the library's prompt that suits your task best",
     "head": "the library's prompt, with a readout fitted to your records",
     ENSEMBLE: "the library's prompt, with an average of label texts, a head and your records' means",
-    "tune": "the library's prompt tuned on your records",
+    "tune": "the prompt of the library, tuned on your records",
     "mixture": "prompts of the library, a prompt of your own and heads, weighted by your records",
     "demonstrations": "the library's prompt, with your records shown before each text",
 }

@@ -317,7 +317,7 @@ def describe_choice(way: str, why: str, how: str) -> list[str]:
     """Returns sentences on the choice, its reason, and how to take another strategy.
 
     >>> describe_choice("tune 4", "tune 4 as requested", "tune")
-    ['Chosen: tune 4, the library's prompt tuned on your records (tune 4 as requested).']
+    ['Chosen: tune 4, the prompt of the library, tuned on your records (tune 4 as requested).']
     """
     said = f"Chosen: {way}, {ABOUT[strategy_of(way, STRATEGIES)]} ({why})."
     if how != AUTO:
