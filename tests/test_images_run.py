@@ -158,5 +158,5 @@ def test_a_clip_needs_no_head_and_its_tasks_have_keys(place, tmp_path):
     records = [r for r in read_records(place / "public", {"image": "image"}) if r.fields["target"] in two]
     mine = opened.adapt(records, shots=0)
     mine.save(tmp_path / "mine")
-    assert "demonstrations" in " ".join(mine.library.card["adapted"]["table"])
+    assert "ensemble" in " ".join(mine.library.card["adapted"]["table"])
     assert len(load_library(tmp_path / "mine").predict(records)) == 2 * EXAMPLES
