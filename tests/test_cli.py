@@ -195,7 +195,7 @@ def test_adapt_makes_a_task_of_labels_it_has_never_seen(ficpd, folder, moods, tm
     assert known == ficpd("predict", folder / "run", "--text", "the film was lovely", "--prompt", "global")[1]
 
 
-@pytest.mark.parametrize("how", ["demonstrations", "head", "mixture"])
+@pytest.mark.parametrize("how", ["demonstrations", "head", "ensemble", "mixture"])
 def test_an_adapted_library_scores_and_predicts_as_it_was_fitted(ficpd, folder, moods, tmp_path, how):
     """The readout made of the records is saved and used, and beside the adapted prompt only."""
     from ficpd.backbones.query_engine import run_queries

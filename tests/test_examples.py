@@ -50,7 +50,7 @@ def answers_of_plain_transformers(folder: Path) -> list[tuple[str, dict[str, flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["", "head", "mixture", "tune"])
+@pytest.mark.parametrize("how", ["", "head", "ensemble", "mixture", "tune"])
 def test_plain_transformers_agrees_with_predict(minilm_run, how, tmp_path):
     """Plain transformers give the same answers and probabilities as the library, adapted to another task or not."""
     folder = minilm_run
