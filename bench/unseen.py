@@ -30,7 +30,7 @@ from ficpd.experiments.build import ExperimentContext, build_context
 from ficpd.experiments.run_directory import RunDir
 from ficpd.experiments.runner import no_progress, run_method
 from ficpd.interfaces import Task
-from ficpd.library.adaptation import FEW, STRATEGIES, AdaptedPrompt
+from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt
 from ficpd.library.library import PromptLibrary, task_embedding
 from ficpd.library.records import draw_shots
 from ficpd.library.selection import adapt, prepare_shots
@@ -135,14 +135,14 @@ def measured(
     cells: Cells, name: str, seed: int, newcomer: Newcomer, library: Callable[[], PromptLibrary], shots: Sequence[int]
 ) -> None:
     """The cells of one newcomer: with the library; with its start alone (vocabulary); with a start of the task's own words
-    (none); with no prompt at all. `auto` is run on few records only: with more it tunes prompts in each fold."""
+    (none); with no prompt at all."""
     alone, begun, bare = newcomer.alone(), newcomer.begun(), newcomer.bare()
 
     def given(few: int, auto: bool) -> dict[str, float]:
         return newcomer.fitted(library(), few, list(STRATEGIES), auto) if few else newcomer.unfitted(library())
 
     for few in shots:
-        said, auto = f"{name}, {few} shots", 0 < few < FEW
+        said, auto = f"{name}, {few} shots", few > 0
         cells.add(f"{said}, library", seed, partial(given, few, auto))
         if not few:
             cells.add(f"{said}, none", seed, partial(newcomer.unfitted, alone))

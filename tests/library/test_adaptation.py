@@ -258,24 +258,8 @@ def test_a_mixture_tells_what_bad_label_texts_do_not(library, model):
     assert float(fitted.mixture.weight_M.sum()) == pytest.approx(1)
 
 
-def test_an_own_prompt_of_labels_by_chance_has_little_weight(library, model, monkeypatch):
-    """It memorises its own half. Scored there, it would have all the weight."""
-    random = rng.make_generator(5)
-    drawn = [(r, ["warm", "cold"][int(torch.randint(2, (1,), generator=random))]) for r in records("heat", 40, 3)]
-    chance = [replace(record, fields={**record.fields, "target": target}) for record, target in drawn]
-    shots = prepare_shots(library, chance, task_of("heat"), model, TRAINING)
-
-    def own_share() -> float:
-        shares = fit("mixture", shots, model)["mixture"].note.removeprefix("a mixture: ").split(", ")
-        return next(float(share.split()[0]) for share in shares if share.endswith("an own prompt"))
-
-    assert own_share() < 0.3
-    monkeypatch.setattr(ways, "Candidate", lambda prompts, read, held=(): Candidate(prompts, read, held[::-1] or None))
-    assert own_share() > 0.9
-
-
-@pytest.mark.parametrize(("number", "own"), [(16, False), (31, False), (32, True)])
-def test_a_mixture_of_few_records_tunes_nothing_and_its_folds_do_as_it_does(library, model, number, own):
+@pytest.mark.parametrize(("number", "mixed"), [(16, False), (31, False), (32, True)])
+def test_auto_on_an_encoder_tunes_nothing_and_mixes_enough_records(library, model, number, mixed):
     asked = []
 
     class Heard(QueryEngine):
@@ -283,12 +267,10 @@ def test_a_mixture_of_few_records_tunes_nothing_and_its_folds_do_as_it_does(libr
             asked.extend(queries)
             return super().answer(queries)
 
-    shots = prepare_shots(library, records("heat", number, 3), task_of("heat"), model, TRAINING)
-    for part in (shots, shots.take(range(12))):
-        asked.clear()
-        fitted = fit("mixture", part, Heard(model.backbone))["mixture"]
-        assert any(query.grad for query in asked) is own
-        assert ("an own prompt" in fitted.note) is own
+    found = selection.adapt(library, records("heat", number, 3), task_of("heat"), Heard(model.backbone), TRAINING)
+    assert asked
+    assert not any(query.grad for query in asked)
+    assert ("mixture" in found.table) is mixed
 
 
 def test_a_mixture_in_a_library_answers_as_the_clients_of_a_run_do(library, model):
@@ -296,11 +278,11 @@ def test_a_mixture_in_a_library_answers_as_the_clients_of_a_run_do(library, mode
     task, test = task_of("heat"), records("heat", 48, 9)
     shots = prepare_shots(library, records("heat", 24, 3), task, model, TRAINING)
     readout = readout_of(shots.batch)
-    candidates = [Candidate((library.prompts[name].vectors_PD,), readout) for name in ("global", "heat")]
+    candidates = [Candidate(library.prompts[name].vectors_PD, readout) for name in ("global", "heat")]
     members, weights = run_queries(model, weigh_members(candidates, shots.batch))
     stacked, batch = stack_members(candidates, members, weights), task.encode(test, model.backbone, library.start)
     of_run = [
-        Predictor(candidate.prompts[0], _mixed(of, weight_M), float(weight_M.sum()))
+        Predictor(candidate.prompt_PD, _mixed(of, weight_M), float(weight_M.sum()))
         for candidate, of, weight_M in zip(candidates, members, weights, strict=True)
     ]
     one, other = (run_queries(model, mixture_probabilities(found, batch)) for found in (stacked.predictors(), of_run))

@@ -34,10 +34,8 @@ TUNE_RATE, TUNE_STEPS = 0.2, (4, 20)
 """A factor on the library's learning rate (which suits many records), and the numbers of steps to compare."""
 TUNE_PULL = 0.005
 """The L2 weight towards the initial prompt, divided by the start's mean square."""
-MIXED, OWN_STEPS = 3, 40
-"""The best prompts in a mixture (the global prompt and the start join them), and its own prompt's Adam steps."""
-FEW = 32
-"""With fewer records a mixture has no own prompt: its weight would be near zero, and its tuning is slow."""
+MIXED = 3
+"""The number of best prompts in a mixture. The global prompt and the start join them."""
 TEXTS_COUNT = 8
 """The label texts of an ensemble weigh as much as this many records."""
 HEAD_PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -66,10 +64,7 @@ class AdaptedPrompt:
 
 @dataclass(frozen=True)
 class FewShotSet:
-    """The caller's records, encoded once, and the losses [J, B] of all candidates of the library on them.
-
-    few: whether the caller gave fewer than `FEW` records. These may be a part of them.
-    """
+    """The caller's records, encoded once, and the losses [J, B] of all candidates of the library on them."""
 
     library: PromptLibrary
     task: Task
@@ -79,7 +74,6 @@ class FewShotSet:
     records: Sequence[Record]
     batch: Batch
     loss_JB: Tensor
-    few: bool = False
 
     def take(self, rows: Sequence[int]) -> "FewShotSet":
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -194,24 +188,11 @@ def tune(shots: FewShotSet) -> Work:
 
 
 def mix(shots: FewShotSet) -> Work:
-    """Mixes prompts of the library, an own prompt and own heads by the records' evidence.
-
-    `methods.shared.mixture` computes the weights. An own prompt is tuned on each half of the records and scored on the
-    other half. Fewer than `FEW` records have none.
-    """
+    """Mixes prompts of the library and own heads by the records' evidence (`methods.shared.mixture`)."""
     prompts, own = shots.library.candidates(), readout_of(shots.batch)
     names = [_usual(shots)]
     names += [name for name in (*shots.ranked()[:MIXED], START) if name not in names]
-    candidates = [Candidate((prompts[name].vectors_PD,), own) for name in names]
-    halves = shots.folds(2, rng.derive_seed(shots.seed, "halves"))
-    if supports_tuning(shots.library, shots.backbone) and not shots.few and len(halves) == 2:
-        start_PD, rate, tuned = shots.library.start.vectors_PD, shots.training.rate(1, 1), []
-        for half in halves:
-            part = shots.take(half)
-            tuned.append((yield from _adam(part, start_PD, rate, 0.0, (OWN_STEPS,)))[OWN_STEPS])
-        held = (torch.tensor(halves[1]), torch.tensor(halves[0]))
-        candidates.append(Candidate(tuple(tuned), own, held))
-        names.append("an own prompt")
+    candidates = [Candidate(prompts[name].vectors_PD, own) for name in names]
     members, weights = yield from weigh_members(candidates, shots.batch, shots.subjects())
     shares = ", ".join(f"{float(w.sum()):.2f} {name}" for name, w in zip(names, weights, strict=True))
     mixture = stack_members(candidates, members, weights)
@@ -240,7 +221,7 @@ ABOUT = {
     "head": "the library's prompt, with a readout fitted to your records",
     ENSEMBLE: "the library's prompt, with an average of label texts, a head and your records' means",
     "tune": "the prompt of the library, tuned on your records",
-    "mixture": "prompts of the library, a prompt of your own and heads, weighted by your records",
+    "mixture": "prompts of the library and heads of your own, weighted by your records",
     "demonstrations": "the library's prompt, with your records shown before each text",
 }
 """The result of each strategy, in words."""

@@ -55,18 +55,17 @@ class Mixture:
 def stack_members(
     candidates: Sequence[Candidate], members: Sequence[Sequence[Member]], weights: Sequence[Tensor]
 ) -> Mixture:
-    """Stacks the heads whose weight exceeds `NEGLIGIBLE`. The prompts of one candidate share its weight equally."""
+    """Stacks the heads whose weight exceeds `NEGLIGIBLE`."""
     prompts, index, shares, rows, biases = [], [], [], [], []
     for candidate, of, weight_M in zip(candidates, members, weights, strict=True):
         kept = [(member, w) for member, w in zip(of, weight_M.tolist(), strict=True) if w > NEGLIGIBLE]
-        for prompt_PD in candidate.prompts if kept else ():
-            for member, weight in kept:
-                rows_CD, bias_C = member.readout()
-                index.append(len(prompts))
-                shares.append(weight / len(candidate.prompts))
-                rows.append(rows_CD)
-                biases.append(bias_C)
-            prompts.append(prompt_PD.detach().float().cpu())
+        for member, weight in kept:
+            rows_CD, bias_C = member.readout()
+            index.append(len(prompts))
+            shares.append(weight)
+            rows.append(rows_CD)
+            biases.append(bias_C)
+        prompts += [candidate.prompt_PD.detach().float().cpu()] if kept else []
     weight_M = torch.tensor(shares)
     return Mixture(
         torch.stack(prompts), torch.tensor(index), weight_M / weight_M.sum(), torch.stack(rows), torch.stack(biases)

@@ -23,7 +23,6 @@ from ficpd.interfaces import Backbone, Task
 from ficpd.library.adaptation import (
     ABOUT,
     ENSEMBLE,
-    FEW,
     GLOBAL,
     STRATEGIES,
     AdaptedPrompt,
@@ -52,6 +51,8 @@ biased."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 ENOUGH = 16
 """With fewer records the unchanged library is the default, and the ensemble has to be surely better."""
+MIXABLE = 32
+"""With fewer records a mixture's weights follow chance."""
 NEEDS_HEAD = ("head", ENSEMBLE, "mixture")
 """The strategies that need features and label texts."""
 NEEDS_GRADIENTS = ("tune",)
@@ -117,13 +118,13 @@ def prepare_shots(
     batch = task.encode(records, model.backbone, library.start).with_readout(library.learned_readout(task))
     stacked_JPD = torch.stack([prompt.vectors_PD for prompt in library.candidates().values()])
     loss_JB = model.answer([Query(stacked_JPD, batch)])[0].loss_KB.cpu()
-    return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB, len(records) < FEW)
+    return FewShotSet(library, task, model.backbone, training, seed, list(records), batch, loss_JB)
 
 
 def _compared(shots: FewShotSet) -> list[str]:
     """Returns the strategies that `auto` compares. On an encoder, heads alone and tuning never won over an ensemble."""
     if supports_head(shots.task, shots.backbone):
-        return ["leave", "nearest", ENSEMBLE, *([] if shots.few else ["mixture"])]
+        return ["leave", "nearest", ENSEMBLE, *([] if len(shots.records) < MIXABLE else ["mixture"])]
     can_show, can_tune = supports_demonstrations(shots.task), supports_tuning(shots.library, shots.backbone)
     return ["leave", "nearest", *(["tune"] if can_tune else []), *(["demonstrations"] if can_show else [])]
 

@@ -201,12 +201,12 @@ class Ficpd(Method):
             return [Predictor(prompt, reading(fits, self._prior(client.local_context(), assignment, fits)))]
         if readout is None:
             prompts = [prompt] if torch.equal(prompt, client.start) else [prompt, client.start]
-            candidates = [Candidate((one,), neighbours=True) for one in prompts]
+            candidates = [Candidate(one, neighbours=True) for one in prompts]
         else:
             learned, other = (client.start, prompt) if assignment.facts["at_start"] else (prompt, client.start)
             candidates = [
-                Candidate((learned,), readout, scoring=scoring),
-                Candidate((other,), neighbours=scoring is None),
+                Candidate(learned, readout, scoring=scoring),
+                Candidate(other, neighbours=scoring is None),
             ]
         return (yield from weigh_candidates(client, candidates))
 

@@ -35,7 +35,7 @@ def mixed(neighbours: bool, features_BD: torch.Tensor, targets_B: torch.Tensor, 
     """readouts: the candidate's, and the one that scores it."""
     batch, outputs = encoded(features_BD, targets_B)
     given, scoring = (*readouts, None, None)[:2]
-    work = weigh_members([Candidate((torch.zeros(1, WIDTH),), given, neighbours=neighbours, scoring=scoring)], batch)
+    work = weigh_members([Candidate(torch.zeros(1, WIDTH), given, neighbours=neighbours, scoring=scoring)], batch)
     next(work)
     with pytest.raises(StopIteration) as end:
         work.send(Answer(None, None, outputs))

@@ -32,17 +32,15 @@ NEGLIGIBLE = 1e-4
 
 
 class Candidate(NamedTuple):
-    """A prompt, or several of one kind, and their readout (None: the task's label texts).
+    """A prompt [P, D] and its readout (None: the task's label texts).
 
-    scoring: the readout that scores the client's own records, and towards which heads shrink; None: `readout`.
-    held: for each prompt, the client's records that it was not tuned on; together they are all. None: received prompts.
     neighbours: whether nearest neighbours are a member. They help without a learned readout: heads then shrink towards
         label texts, which do not separate many labels.
+    scoring: the readout that scores the client's own records, and towards which heads shrink; None: `readout`.
     """
 
-    prompts: tuple[Tensor, ...]
+    prompt_PD: Tensor
     readout: Readout | None = None
-    held: tuple[Tensor, ...] | None = None
     neighbours: bool = False
     scoring: Readout | None = None
 
@@ -84,12 +82,11 @@ def weigh_candidates(
     local = client.local_context()
     batch = local.full_batch()
     if not batch.task.num_labels or batch.targets is None or not len(batch):
-        return [Predictor(candidates[0].prompts[0])]
+        return [Predictor(candidates[0].prompt_PD)]
     members, weights = yield from weigh_members(candidates, batch, local.subject_B)
     return [
-        Predictor(prompt_PD, _mixed(of, weight_M), float(weight_M.sum()) / len(candidate.prompts))
+        Predictor(candidate.prompt_PD, _mixed(of, weight_M), float(weight_M.sum()))
         for candidate, of, weight_M in zip(candidates, members, weights, strict=True)
-        for prompt_PD in candidate.prompts
         if float(weight_M.sum()) > NEGLIGIBLE
     ]
 
@@ -105,7 +102,7 @@ def weigh_members(
     targets_B = batch.targets.cpu()
     members: list[list[Member]] = []
     for candidate in candidates:
-        answer = yield Query(torch.stack(candidate.prompts), batch, outputs=True)
+        answer = yield Query(candidate.prompt_PD[None], batch, outputs=True)
         assert answer.outputs_KB is not None
         members.append(_members(candidate, answer.outputs_KB, batch, targets_B, subject_B))
     return members, _weights(members, targets_B)
@@ -118,21 +115,17 @@ def _members(
     given, scoring = candidate.readout, candidate.scoring or candidate.readout
     shares_C = torch.full((labels,), 1 / labels) if given is None else given.shares_C
     plain = reading(given, None) or batch.task.logits
-    first = outputs.select(torch.arange(len(batch)))
-    logits_BC = (reading(scoring, None) or plain)(first, batch)
+    logits_BC = (reading(scoring, None) or plain)(outputs, batch)
     assert logits_BC is not None, "a task with labels"
     logits_BC = logits_BC.float().cpu()
-    for k, held in enumerate(candidate.held or ()):
-        rows = outputs.select(torch.arange(k * len(batch), (k + 1) * len(batch)))
-        logits_BC[held] = plain(rows, batch).float().cpu()[held]  # type: ignore[union-attr]
     linear = None if given is None else (given.rows_CD, given.bias_C)
     found = _tempered(logits_BC, plain, linear, targets_B, shares_C, subject_B)
-    if candidate.held is None and batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
+    if batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
         prior = (batch.readout_CD, torch.zeros(labels)) if scoring is None else (scoring.rows_CD, scoring.bias_C)
-        for head in fit_heads(first.features_RD, targets_B, labels, prior, subject_B=subject_B):
+        for head in fit_heads(outputs.features_RD, targets_B, labels, prior, subject_B=subject_B):
             found += _tempered(head.loo_BC, _head_logits(head), head.linear, targets_B, shares_C, subject_B)
         if candidate.neighbours:
-            head = nearest_neighbours(first.features_RD, targets_B, labels, subject_B)
+            head = nearest_neighbours(outputs.features_RD, targets_B, labels, subject_B)
             found += _tempered(2 * head.loo_BC, _head_logits(head, 2.0), None, targets_B, shares_C, subject_B)
     return found
 
