@@ -307,10 +307,10 @@ def test_unseen(bench, sets):
     calls = [f"{part} --seeds 0 --rounds 1 --shots 0 16 --data {sets} --e5 {sets}" for part in parts]
     few = {"CLIENTS": {"sib": 4, "clinc": 3}, "DOMAINS": ("films", "tweets"), "LEFT": ("tha_Thai",), "MOST_TESTED": 20}
     bench.run("unseen", *calls, changes=(TINY, ONE_ROUND), **few)
-    assert len(bench.rows("unseen_tasks")) == 2 * 8
+    assert len(bench.rows("unseen_tasks")) == 2 * 7
     assert len(bench.rows("unseen_fine")) == 2 * 3
-    assert len(bench.rows("unseen_domains")) == 2 * 8
-    assert len(bench.rows("unseen_languages")) == 8
+    assert len(bench.rows("unseen_domains")) == 2 * 7
+    assert len(bench.rows("unseen_languages")) == 7
     assert bench.found("unseen_keys")["cosine"]
 
 
