@@ -171,7 +171,7 @@ def ensemble(shots: FewShotSet) -> Work:
         torch.stack([readout.rows_CD for readout in readouts]),
         torch.stack([readout.bias_C for readout in readouts]),
     )
-    note = f"label texts ({texts:.2f}), a head and demonstrations of {len(shots.records)} records on {begin.note}"
+    note = f"label texts ({texts:.2f}), a head and class means on {begin.note}"
     return {ENSEMBLE: AdaptedPrompt(begin.prompt, note, mixture=averaged)}
 
 
@@ -219,7 +219,7 @@ ABOUT = {
     "leave": "the library's prompt as it is",
     "nearest": "the library's prompt that suits your task best",
     "head": "the library's prompt, with a readout fitted to your records",
-    ENSEMBLE: "the library's prompt, with an average of label texts, a head and your records' means",
+    ENSEMBLE: "the library's prompt, read by an average of label texts, a head and your records' class means",
     "tune": "the prompt of the library, tuned on your records",
     "mixture": "prompts of the library and heads of your own, weighted by your records",
     "demonstrations": "the library's prompt, with your records shown before each text",
