@@ -23,7 +23,7 @@ from ficpd.library import selection
 from ficpd.library.adaptation import STRATEGIES, AdaptedPrompt, FewShotSet
 from ficpd.library.library import PromptLibrary, prompt_keys
 from ficpd.library.mixture import stack_members
-from ficpd.library.selection import cross_validate, one_standard_error_rule, prepare_shots
+from ficpd.library.selection import cross_validate, default_variant, one_standard_error_rule, prepare_shots
 from ficpd.methods.shared.mixture import Candidate, _mixed, weigh_members
 from ficpd.optimizers import LocalTrainingConfig
 from ficpd.tasks import classification, generation
@@ -367,7 +367,7 @@ def test_a_decoder_is_adapted_with_examples_in_its_context(decoder):
 
 
 def test_auto_is_never_worse_than_its_default_on_its_own_measure(library, model):
-    for name, count, default in (("mood", 12, "leave"), ("size", 12, "leave"), ("size", 16, "ensemble")):
+    for name, count, default in (("mood", 12, "leave"), ("size", 16, "leave"), ("size", 32, "ensemble")):
         found = selection.adapt(library, records(name, count, 5), task_of(name), model, TRAINING)
         assert found.table[found.way]["loss"] <= found.table[default]["loss"]
         assert {"loss", "error", "accuracy", "f1"} <= found.table["leave"].keys()
@@ -397,7 +397,7 @@ def rows(**losses: tuple[float, float]) -> dict[str, dict[str, float]]:
     (rows(leave=(1.0, 0.0), nearest=(1.0, 0.0)), "leave"),
 ])  # fmt: skip
 def test_the_simplest_within_an_error_of_the_best_is_chosen(table, way):
-    assert one_standard_error_rule(table, 16) == way
+    assert one_standard_error_rule(table, "leave") == way
 
 
 @pytest.mark.parametrize(("table", "count", "way"), [
@@ -408,14 +408,21 @@ def test_the_simplest_within_an_error_of_the_best_is_chosen(table, way):
     (rows(leave=(0.9, 0.0), nearest=(1.1, 0.05), ensemble=(0.95, 0.02)), 64, "leave"),
 ])  # fmt: skip
 def test_the_ensemble_of_enough_records_is_taken_unless_another_is_surely_better(table, count, way):
-    assert one_standard_error_rule(table, count) == way
+    assert one_standard_error_rule(table, default_variant(table, count)) == way
+
+
+def test_a_task_that_the_library_knows_needs_more_records_for_an_ensemble():
+    names = ["leave", "nearest", "ensemble"]
+    found = [default_variant(names, *asked) for asked in ((15, False), (16, False), (31, True), (32, True))]
+    assert found == ["leave", "ensemble", "leave", "ensemble"]
+    assert default_variant(["leave", "tune 4"], 64) == "leave"
 
 
 def test_the_error_is_that_of_the_difference_to_the_best():
     losses = {"leave": torch.tensor([1.0, 3.0, 5.0, 7.0]), "tune": torch.tensor([0.0, 2.0, 4.0, 6.0])}
     table = selection._table(losses, {way: [{"accuracy": 0.5}, {"accuracy": 1.0}] for way in losses})
     assert table["leave"] == {"loss": 4.0, "error": 0.0, "accuracy": 0.75}  # always one more: nothing uncertain in it
-    assert one_standard_error_rule(table, 4) == "tune"
+    assert one_standard_error_rule(table, "leave") == "tune"
 
 
 def test_how_sure_a_way_is_counts_for_nothing():

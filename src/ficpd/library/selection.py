@@ -1,10 +1,11 @@
 """Selects the best adaptation strategy for a few records, by cross-validation on them.
 
 On an encoder the choice is among the unchanged library, its nearest prompt, an ensemble of readouts and, for 32 records or
-more, a mixture. Elsewhere it is among all strategies that can run. The default is the ensemble of 16 records or more,
-else the unchanged library. Another strategy is taken only if it is better by two standard errors of the paired
-difference: then the simplest within one standard error of the best (Breiman et al., Classification and Regression Trees,
-1984, section 3.4.3). The choice never has a higher cross-validated loss than the default.
+more, a mixture. Elsewhere it is among all strategies that can run. The default is the ensemble of 16 records or more (32
+if the library has a prompt for the same task), else the unchanged library. Another strategy is taken only if it is
+better by two standard errors of the paired difference: then the simplest within one standard error of the best (Breiman
+et al., Classification and Regression Trees, 1984, section 3.4.3). The choice never has a higher cross-validated loss
+than the default.
 """
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -49,8 +50,9 @@ SURE = 2.0
 """The default is taken within this many standard errors of the best. One is too few: the minimum over strategies is
 biased."""
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-ENOUGH = 16
-"""With fewer records the unchanged library is the default, and the ensemble has to be surely better."""
+ENOUGH, ENOUGH_KNOWN = 16, 32
+"""With fewer records the unchanged library is the default, and the ensemble has to be surely better. The second is for a
+task that the library has a prompt for."""
 MIXABLE = 32
 """With fewer records a mixture's weights follow chance."""
 NEEDS_HEAD = ("head", ENSEMBLE, "mixture")
@@ -104,10 +106,12 @@ def adapt(
     shots = prepare_shots(library, records, task, model, training, seed)
     ways = [how] if how != AUTO else _compared(shots)
     table = {} if lack else cross_validate(shots, ways, model)
-    best = one_standard_error_rule(table, len(records)) if table else ways[0]
+    known = bool(library.keys) and _most_similar(library, task, model.backbone)[1] >= SAME
+    usual = default_variant(table or ways, len(records), known)
+    best = one_standard_error_rule(table, usual) if table else ways[0]
     found = run_queries(model, STRATEGIES[strategy_of(best, ways)](shots))
     way = best if table else list(found)[len(found) // 2]
-    return AdaptationResult(way, found[way], table, _reason(how, way, table, lack, len(records)))
+    return AdaptationResult(way, found[way], table, _reason(how, way, table, lack, usual))
 
 
 def prepare_shots(
@@ -221,18 +225,21 @@ def _fit_and_predict(
     return found
 
 
-def default_variant(table: Iterable[str], records: int) -> str:
-    """Returns the ensemble if it has at least `ENOUGH` records, else the unchanged prompt, the first variant."""
+def default_variant(table: Iterable[str], records: int, known: bool = False) -> str:
+    """Returns the ensemble if it has enough records, else the unchanged prompt, the first variant.
+
+    known: whether the library has a prompt for the same task.
+    """
     names = list(table)
-    return ENSEMBLE if ENSEMBLE in names and records >= ENOUGH else names[0]
+    return ENSEMBLE if ENSEMBLE in names and records >= (ENOUGH_KNOWN if known else ENOUGH) else names[0]
 
 
-def one_standard_error_rule(table: Mapping[str, Score], records: int) -> str:
-    """Returns the default if no variant's loss is lower by `SURE` standard errors.
+def one_standard_error_rule(table: Mapping[str, Score], usual: str) -> str:
+    """Returns the default `usual` if no variant's loss is lower by `SURE` standard errors.
 
     Otherwise returns the first variant within one standard error of the lowest loss and no worse than the default.
     """
-    lowest, default = min(row["loss"] for row in table.values()), table[usual := default_variant(table, records)]
+    lowest, default = min(row["loss"] for row in table.values()), table[usual]
     if default["loss"] <= lowest + SURE * default["error"]:
         return usual
     return next(v for v, row in table.items() if row["loss"] <= min(lowest + row["error"], default["loss"]))
@@ -289,9 +296,7 @@ def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -
     Without keys it returns the global prompt.
     """
     if library.keys:
-        embedding_D = task_embedding(task, backbone)
-        name = library.nearest(embedding_D)[0]
-        cosine = float(library.keys[name] @ embedding_D)
+        name, cosine = _most_similar(library, task, backbone)
         if cosine >= SAME:
             reason = f"{lack}; took {name}, tuned for a similar task ({cosine:.2f})"
             return AdaptationResult("nearest", unchanged(library, name), {}, reason)
@@ -301,7 +306,14 @@ def _by_key(library: PromptLibrary, task: Task, backbone: Backbone, lack: str) -
     return AdaptationResult("leave", unchanged(library, name), {}, f"{lack}; took {name} unchanged")
 
 
-def _reason(how: str, way: str, table: Mapping[str, Score], lack: str, records: int) -> str:
+def _most_similar(library: PromptLibrary, task: Task, backbone: Backbone) -> tuple[str, float]:
+    """Returns the prompt whose key is the most similar to the task's embedding, and the cosine."""
+    embedding_D = task_embedding(task, backbone)
+    name = library.nearest(embedding_D)[0]
+    return name, float(library.keys[name] @ embedding_D)
+
+
+def _reason(how: str, way: str, table: Mapping[str, Score], lack: str, usual: str) -> str:
     if lack:
         return f"{lack}; {way} as requested"
     if how != AUTO:
@@ -309,7 +321,7 @@ def _reason(how: str, way: str, table: Mapping[str, Score], lack: str, records: 
     best = min(table, key=lambda variant: table[variant]["loss"])
     if way == best:
         return "it has the lowest loss on records held back"
-    if way == default_variant(table, records):
+    if way == usual:
         return f"no other strategy is better by {SURE:g} standard errors; {best} comes closest"
     return f"it is the simplest within a standard error of the best, {best}"
 
