@@ -53,8 +53,8 @@ TEMPERATURES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 ENOUGH, ENOUGH_KNOWN = 16, 32
 """With fewer records the unchanged library is the default, and the ensemble has to be surely better. The second is for a
 task that the library has a prompt for."""
-MIXABLE = 32
-"""With fewer records a mixture's weights follow chance."""
+MIN_MIXTURE_RECORDS = 32
+"""With fewer records a mixture is not compared: its weights are uncertain."""
 NEEDS_HEAD = ("head", ENSEMBLE, "mixture")
 """The strategies that need features and label texts."""
 NEEDS_GRADIENTS = ("tune",)
@@ -126,11 +126,18 @@ def prepare_shots(
 
 
 def _compared(shots: FewShotSet) -> list[str]:
-    """Returns the strategies that `auto` compares. On an encoder, heads alone and tuning never won over an ensemble."""
+    """Returns the strategies that `auto` compares.
+
+    An encoder's ensemble contains the head and the class means. Tuning is slow there.
+    """
+    ways = ["leave", "nearest"]
     if supports_head(shots.task, shots.backbone):
-        return ["leave", "nearest", ENSEMBLE, *([] if len(shots.records) < MIXABLE else ["mixture"])]
-    can_show, can_tune = supports_demonstrations(shots.task), supports_tuning(shots.library, shots.backbone)
-    return ["leave", "nearest", *(["tune"] if can_tune else []), *(["demonstrations"] if can_show else [])]
+        return [*ways, ENSEMBLE, "mixture"] if len(shots.records) >= MIN_MIXTURE_RECORDS else [*ways, ENSEMBLE]
+    if supports_tuning(shots.library, shots.backbone):
+        ways.append("tune")
+    if supports_demonstrations(shots.task):
+        ways.append("demonstrations")
+    return ways
 
 
 # ---------------------------------------------------------------- cross-validation
