@@ -73,7 +73,6 @@ BARE = ("a forward for each thread", "forwards of all threads", "one padded batc
 NEWCOMERS = {"languages": "a language", "domains": "a domain of polarity", "tasks": "a task of the mix"}
 """`unseen_PART`, and what was left out."""
 SHOTS = (0, 4, 16, 64)
-SPACES = {"delta": "by what was learned first", "prompt": "by prompts", "function": "by what prompts do"}
 WAYS = {
     "no prompt": {
         "leave": "no prompt", "demonstrations 0.4": "no prompt, demonstrations", "ensemble": "no prompt, ensemble",
@@ -240,19 +239,15 @@ def _at_shots(
 
 
 def ablation() -> str:
-    """A line for each number of prototypes, a column for each space: the mean client under its prototype; in brackets one
-    prompt for all, the prototypes' plain mean and what is distilled from them."""
+    """A line for each number of prototypes: the mean client under its prototype. Then one prompt for all: the prototypes'
+    plain mean, and what is distilled from them."""
     cells = json.loads((RESULTS / "library_ablation.json").read_text())["cells"]
-    rows = [["prototypes", *SPACES.values()], ["---"] * (len(SPACES) + 1)]
+    rows = [["prototypes", "mean client", "their mean for all", "distilled for all"], ["---"] * 4]
     for number in (1, 2, 5, 10, 20):
-        found = [cells.get(f"{number} prototypes, {space}") for space in SPACES]
-        rows.append([str(number), *("–" if cell is None else _distilled(cell) for cell in found)])
+        found = cells[f"{number} prototypes, delta"]
+        values = [found[name] for name in ("mean client", "global", "distilled")]
+        rows.append([str(number), *(f"{value['mean']:.1f} ± {value['sd']:.1f}" for value in values)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _distilled(cell: Mapping[str, Mapping[str, float]]) -> str:
-    own = cell["mean client"]
-    return f"{own['mean']:.1f} ± {own['sd']:.1f} ({cell['global']['mean']:.1f}, {cell['distilled']['mean']:.1f})"
 
 
 def defaults() -> str:

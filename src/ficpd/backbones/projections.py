@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a forward."""
@@ -20,6 +19,8 @@ def linear_sizes(module: Any) -> tuple[int, ...]:
     """Returns the input and output width of a linear module (torch's or GPT-2's); () for another module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    from transformers.pytorch_utils import Conv1D  # here, because a run without LoRA starts a second earlier
+
     return (module.nx, module.nf) if isinstance(module, Conv1D) else ()
 
 

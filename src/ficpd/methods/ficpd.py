@@ -26,7 +26,6 @@ from ficpd.federation.validation import RATE, validate_prompts
 from ficpd.interfaces import Backbone, ClientContext, Model, Task
 from ficpd.methods.shared.class_totals import CLASSES
 from ficpd.methods.shared.clustering import Clusters, cluster_within_keys, relabel_clusters, shrinkage
-from ficpd.methods.shared.function_space import FunctionSpaceEmbedding
 from ficpd.methods.shared.mixture import Candidate, weigh_candidates
 from ficpd.methods.shared.readouts import (
     assigned_readout,
@@ -70,8 +69,8 @@ FACTS = {"closes": (bool,), "at_start": (bool,), "priors": (bool,)}
 class Config(FrozenConfig):
     """num_prototypes: maximum number of clusters, or "auto" (see `cosine_kmeans`). Clients of different task keys (lists of
         label texts) are never in one cluster.
-    space: signatures. "delta": the client's first update; "offset": its last prompt less the initial one; "prompt": its
-        last prompt; "function": the shift of public probes' features; "metadata": the public field `by`, no signature.
+    space: signatures. "delta": the client's first update; "offset": its last prompt less the initial one; "metadata": the
+        public field `by`, no signature.
     by: the field of the clients' cards for "metadata".
     gather: all clients take part in the first round.
     redraw_every: rounds between clusterings (0: one clustering).
@@ -93,7 +92,7 @@ class Config(FrozenConfig):
     proximal_weight: weight of the proximal term to the prompt of the round (FedProx)."""
 
     num_prototypes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    space: Literal["delta", "offset", "prompt", "function", "metadata"] = "delta"
+    space: Literal["delta", "offset", "metadata"] = "delta"
     by: str = "group"
     gather: bool = True
     redraw_every: int = Field(default=0, ge=0)
@@ -144,7 +143,6 @@ class Ficpd(Method):
         facts = {
             "num_rounds": setup.num_rounds,
             "seed": setup.seed,
-            "shape": [setup.start.enters_at, setup.start.head_rows],
             "clusters": {},
             "drawn": 0,
             "weights": {},
@@ -232,7 +230,7 @@ class Ficpd(Method):
         updates = means.updates
         came, noise = {u.client: u.weight for u in updates}, state.facts.get("noise", 0.0)
         reached = {u.client: self._sent(state, u.client) + u.arrays["delta"] for u in updates}
-        signatures = _of_clients(state, SIGNATURE) | self._signatures(state, reached, model)
+        signatures = _of_clients(state, SIGNATURE) | self._signatures(state, reached)
         clusters, drawn = self._clusters(state, signatures, round)
         whole, more = self._steps(means, clusters, noise)
         move, moments = self.config.server.step(whole, state.arrays)
@@ -265,21 +263,14 @@ class Ficpd(Method):
             nearest = of_key.pop() if len(of_key) == 1 else None
         return state.arrays["global"] if nearest is None else state.arrays["prototypes_KPD"][nearest]
 
-    def _signatures(self, state: State, reached: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
+    def _signatures(self, state: State, reached: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes the cohort's signatures. "delta" keeps the first, because later updates start from other prompts."""
         start, known = state.arrays["start"], _of_clients(state, SIGNATURE)
         if self.config.space == "metadata":
             return {}
         if self.config.space == "delta":
             return {n: p - self._sent(state, n) for n, p in reached.items() if n not in known}
-        if self.config.space == "function":
-            enters_at, head_rows = state.facts["shape"]
-            shared = Prompt(start, model.backbone.fingerprint, enters_at, head_rows)
-            found = FunctionSpaceEmbedding(model, shared, state.facts["seed"]).signatures(
-                torch.stack(list(reached.values()))
-            )
-            return dict(zip(reached, found, strict=True))
-        return {n: p - start if self.config.space == "offset" else p for n, p in reached.items()}
+        return {n: p - start for n, p in reached.items()}
 
     def _clusters(self, state: State, signatures: Mapping[str, Tensor], round: int) -> tuple[Clusters, int]:
         """Returns the clusters and the round of their clustering; new clients and `redraw_every` trigger a new one."""
