@@ -81,6 +81,17 @@ def test_there_are_few_arrows_between_rooms():
     assert len(arrows) <= MOST_ARROWS
 
 
+def test_a_run_on_another_backbone_does_not_load_transformers(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; import small\n"
+        f"small.run(Path({str(tmp_path)!r}))\n"
+        "print('loaded:', [name for name in ('transformers', 'flwr', 'ray') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    assert done.stdout.strip().endswith("loaded: []")
+
+
 def test_help_loads_neither_torch_nor_flower():
     heavy = ("torch", "flwr", "transformers", "sklearn", "pandas", "pydantic")
     code = (

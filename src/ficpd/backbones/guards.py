@@ -13,10 +13,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -177,7 +177,8 @@ class Guarded(ABC):
         identity: names the weights; None: no cache.
         """
         config = self.model.config.to_json_string(use_diff=False)
-        key = [identity, what, config, str(self.dtype), str(self.device), transformers.__version__, torch.__version__]
+        versions = [metadata.version("transformers"), torch.__version__]
+        key = [identity, what, config, str(self.dtype), str(self.device), *versions]
         name = hashlib.sha256(json.dumps([*key, self.model.config._attn_implementation]).encode()).hexdigest()
         with suppress(OSError, ValueError):
             if identity is not None:

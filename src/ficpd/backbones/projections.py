@@ -19,7 +19,7 @@ def linear_sizes(module: Any) -> tuple[int, ...]:
     """Returns the input and output width of a linear module (torch's or GPT-2's); () for another module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    from transformers.pytorch_utils import Conv1D  # here, because a run without LoRA starts a second earlier
+    from transformers.pytorch_utils import Conv1D  # not at the top: only LoRA needs transformers
 
     return (module.nx, module.nf) if isinstance(module, Conv1D) else ()
 

@@ -50,7 +50,7 @@ def posted(socket: str | None, what: str, body: bytes) -> tuple[int, bytes]:
     if socket is None:
         return _absent("the SuperNode was started without --node-config 'socket=\"/run/ficpd/NAME.sock\"'")
     timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
-    transport = httpx.HTTPTransport(uds=socket, verify=False)  # plain HTTP: reads no certificates, which takes 0.1 s
+    transport = httpx.HTTPTransport(uds=socket, verify=False)  # plain HTTP on a Unix socket: has no certificate
     try:
         # trust_env: a machine's HTTP_PROXY would redirect the call
         with httpx.Client(transport=transport, timeout=timeout, trust_env=False) as client:
