@@ -51,7 +51,9 @@ FILES = {
 """Group: file, column of the label, instruction, rows taken."""
 CLIENTS = {"polarity": 8, "abstracts": 4, "clinc": 6, "sib": 4, "banking": 8}
 TRAIN_SHARE = {"polarity": 0.7, "abstracts": 0.69, "clinc": 0.66, "sib": 0.7, "banking": 0.76}
-RECORDS = 100
+RECORDS, SITE_RECORDS = 100, 400
+CROWDS = (10, 50, 200, 500)
+"""Numbers of clients that share the same records."""
 SITES = {"polarity": 4, "abstracts": 4, "clinc": 4, "sib": 2, "banking": 4}
 PROTOTYPES: dict[str, Any] = {
     "name": "ficpd", "num_prototypes": 5, "class_totals": False, "local_model": "prototype", "label_prior": False
@@ -173,7 +175,7 @@ def private(args: argparse.Namespace) -> None:
     cells = Cells(
         "library_private", f"18 clients of about 400 records, {args.rounds} rounds of 2 steps of 64, Adam in 64 numbers"
     )
-    groups = {name: group(name, args.data, number, 400) for name, number in SITES.items()}
+    groups = {name: group(name, args.data, number, SITE_RECORDS) for name, number in SITES.items()}
     budgets = {"no privacy": {"name": "none"}, "ε = 2": {"name": "record_gaussian", "epsilon": 2.0}}
     for seed in args.seeds:
         for said, budget in budgets.items():
@@ -186,13 +188,13 @@ def private(args: argparse.Namespace) -> None:
 def defaults(args: argparse.Namespace) -> None:
     """What a client gains by joining many tasks: no option is named, and the learning rate is the backbone's own."""
     cells = Cells("library_defaults", f"defaults alone, {args.rounds} rounds of 5 steps of 16; private: 2 steps of 64")
-    sites = {name: group(name, args.data, number, 400) for name, number in SITES.items()}
+    sites = {name: group(name, args.data, number, SITE_RECORDS) for name, number in SITES.items()}
     budget = {"name": "record_gaussian", "epsilon": 2.0}
     for seed in args.seeds:
         context = world_of(args, seed, rate=1.0)
         for name in ("ficpd", "local", "linear_probe", "analytic", "class_means", "fedavg"):
             cells.add(name, seed, partial(alone, context, {"name": name}))
-        for number in (10, 500):
+        for number in (CROWDS[0], CROWDS[-1]):
             shares = {name: max(1, round(number * CLIENTS[name] / 30)) for name in CLIENTS}
             crowd = world_of(args, seed, shares | {"polarity": max(4, shares["polarity"])}, 1.0)
             cells.add(f"ficpd, {number} clients", seed, partial(alone, crowd, {"name": "ficpd"}))
@@ -225,13 +227,13 @@ def clients(args: argparse.Namespace) -> None:
     }
     cells = Cells("library_clients", f"{30 * RECORDS} records, 20 clients a round, 25 rounds of 2 steps of 16, entry 4")
     for seed in args.seeds:
-        for number in (10, 50, 200, 500):
+        for number in CROWDS:
             shares = {name: max(1, round(number * CLIENTS[name] / 30)) for name in CLIENTS}
             shares["polarity"] = max(4, shares["polarity"])
             context = world_of(args, seed, clients=shares, **schedule)
             named = {name: METHODS[name] for name in ("ficpd, 5 prototypes", "ficpd, oracle", "fedavg")}
             named |= {f"{name}, extrapolated": method | FARTHER for name, method in list(named.items())[:2]}
-            for name, method in named.items() if number in (10, 500) else list(named.items())[:1]:
+            for name, method in named.items() if number in (CROWDS[0], CROWDS[-1]) else list(named.items())[:1]:
                 cohort = {"clients_per_round": min(20, len(context.shards))}
                 cells.add(f"{number} clients, {name}", seed, partial(alone, context, method, federation=cohort))
 

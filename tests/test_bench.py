@@ -284,13 +284,15 @@ def test_library(bench, sets, tmp_path):
     bench.run("library", f"texts --data {sets} --texts {texts} --writer {sets / 'decoder'}")
     parts = ("mixed", "defaults", "private", "ablation", "clients")
     calls = [f"{part} --seeds 0 --rounds 1 --data {sets}" for part in parts]
-    bench.run("library", *calls, changes=(TINY, ONE_ROUND))
+    few = {"RECORDS": 30, "SITE_RECORDS": 40, "CROWDS": (6, 8, 10)}
+    few |= {name: {"polarity": 4, "abstracts": 2, "clinc": 2, "sib": 2, "banking": 2} for name in ("CLIENTS", "SITES")}
+    bench.run("library", *calls, changes=(TINY, ONE_ROUND), **few)
     assert texts.exists()
     assert len(bench.rows("library_mixed")) == 6
     assert len(bench.rows("library_defaults")) == 13
     assert len(bench.rows("library_private")) == 9
     assert len(bench.rows("library_ablation")) == 5
-    assert len(bench.rows("library_clients")) == 12
+    assert len(bench.rows("library_clients")) == 5 + 1 + 5
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib: pip install -e '.[bench]'")

@@ -5,12 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from ficpd.methods.shared.heads import STRENGTHS
-from ficpd.methods.shared.mixture import TEMPERATURES, Candidate, weigh_members
+from ficpd.methods.shared.mixture import AS_RECEIVED, HEAD_TEMPERATURES, TEMPERATURES, Candidate, weigh_members
 from ficpd.tasks import classification
 from ficpd.types import Answer, Batch, EncodedInput, ModelOutput, Readout
 
 LABELS, WIDTH, EACH = 12, 16, 6
-NEAREST = len(STRENGTHS) * len(TEMPERATURES)
+NEAREST = len(STRENGTHS) * len(HEAD_TEMPERATURES)
 """Members of one head, and so of the nearest neighbours, which are the last."""
 
 
@@ -96,3 +96,13 @@ def test_a_readout_is_not_trusted_for_how_it_fits_the_records_that_it_was_learne
     chance = torch.tensor(float(LABELS)).log()
     assert loss(readout) > chance + 0.05
     assert loss(readout, elsewhere) < chance + 0.02
+
+
+def test_records_that_decide_nothing_leave_most_weight_to_the_readout_as_received():
+    targets_B = torch.arange(LABELS).repeat(EACH)
+    even = Readout(torch.zeros(LABELS, WIDTH), torch.zeros(LABELS), torch.full((LABELS,), 1 / LABELS))
+    members, weight_M = mixed(True, torch.ones(len(targets_B), WIDTH) / WIDTH**0.5, targets_B, even)
+    received = len(STRENGTHS) * len(TEMPERATURES)
+    assert sum(m.share for m in members) == pytest.approx(1)
+    assert sum(m.share for m in members[:received]) == pytest.approx(AS_RECEIVED)
+    assert float(weight_M[:received].sum()) > 0.5

@@ -4,14 +4,16 @@ Each candidate is a prompt with a readout. Its members differ in the temperature
 client's label prior. A readout that was learned from the client's records too is scored by another one
 (`readouts.learn_readouts`). A member's weight is
 
-    w_m ∝ exp(-rank_m) exp(-½ n L_m)        L_m: the mean log loss of the client's n records
+    w_m ∝ π_m exp(-rank_m) exp(-½ n L_m)        L_m: the mean log loss of the client's n records
 
 so the mixture is nearly as good as its best member (exponential weighting: Dalalyan and Tsybakov, Machine Learning 72,
-2008; half the evidence, because losses of one client depend on each other). Ranks put shared models first. The label prior
-of a record comes from the other records' labels. Own heads are scored by leave-one-out (`heads`). If the data name
+2008; half the evidence, because losses of one client depend on each other). Ranks put shared models first. π puts simple
+members first: the readout as received before own heads, no label prior before one. The label prior of a record comes
+from the other records' labels. Own heads are scored by leave-one-out (`heads`). If the data name
 subjects, both leave out all records of the record's subject.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +26,10 @@ from ficpd.methods.shared.heads import MIN_RECORDS, STRENGTHS, OwnHead, fit_head
 from ficpd.methods.shared.readouts import reading
 from ficpd.types import Answer, Batch, ModelOutput, Predictor, Query, Readout
 
-TEMPERATURES = (0.5, 1.0)
+TEMPERATURES, HEAD_TEMPERATURES = (0.5, 1.0, 2.0), (0.5, 1.0)
+"""Of a readout as received, and of own heads, whose scale fits the records already."""
+AS_RECEIVED, UNSHIFTED = 0.8, 0.5
+"""Shares of π: of the readout as received where there are own heads, and of the members without a label prior."""
 WITHOUT_PRIOR = 0.1
 """Minimum weight of the members without a label prior, for clients whose labels shift."""
 NEGLIGIBLE = 1e-4
@@ -50,6 +55,7 @@ class Member(NamedTuple):
 
     plain: logits of any records, before temperature and label prior. linear: their rows [C, D] and bias [C], if known.
     without_prior: whether the label prior is zero.
+    share: π. Those of a candidate's members sum to 1.
     """
 
     log_BC: Tensor
@@ -58,6 +64,7 @@ class Member(NamedTuple):
     temperature: float
     prior_C: Tensor
     without_prior: bool
+    share: float
 
     def read(self, outputs: ModelOutput, batch: Batch) -> Tensor:
         """Returns the logits [R, C] of any records."""
@@ -119,32 +126,59 @@ def _members(
     assert logits_BC is not None, "a task with labels"
     logits_BC = logits_BC.float().cpu()
     linear = None if given is None else (given.rows_CD, given.bias_C)
-    found = _tempered(logits_BC, plain, linear, targets_B, shares_C, subject_B)
+    heads: list[OwnHead] = []
     if batch.readout_CD is not None and len(batch) >= MIN_RECORDS:
         prior = (batch.readout_CD, torch.zeros(labels)) if scoring is None else (scoring.rows_CD, scoring.bias_C)
-        for head in fit_heads(outputs.features_RD, targets_B, labels, prior, subject_B=subject_B):
-            found += _tempered(head.loo_BC, _head_logits(head), head.linear, targets_B, shares_C, subject_B)
+        heads = fit_heads(outputs.features_RD, targets_B, labels, prior, subject_B=subject_B)
         if candidate.neighbours:
-            head = nearest_neighbours(outputs.features_RD, targets_B, labels, subject_B)
-            found += _tempered(2 * head.loo_BC, _head_logits(head, 2.0), None, targets_B, shares_C, subject_B)
+            heads.append(_doubled(nearest_neighbours(outputs.features_RD, targets_B, labels, subject_B)))
+    priors = _label_priors(targets_B, shares_C, subject_B)
+    share = AS_RECEIVED if heads else 1.0
+    found = _tempered(logits_BC, plain, linear, priors, TEMPERATURES, share)
+    for head in heads:
+        share = (1 - AS_RECEIVED) / len(heads)
+        found += _tempered(head.loo_BC, _head_logits(head), head.linear, priors, HEAD_TEMPERATURES, share)
     return found
 
 
-def _head_logits(head: OwnHead, scale: float = 1.0) -> Callable[[ModelOutput, Batch], Tensor]:
-    return lambda outputs, batch: scale * head.logits(outputs.features_RD)
+def _doubled(head: OwnHead) -> OwnHead:
+    return OwnHead(2 * head.loo_BC, lambda features: 2 * head.logits(features))
+
+
+def _head_logits(head: OwnHead) -> Callable[[ModelOutput, Batch], Tensor]:
+    return lambda outputs, batch: head.logits(outputs.features_RD)
+
+
+class _LabelPrior(NamedTuple):
+    """of_client: [C]. of_others: for each record that of the other records, [B, C]. share: of π."""
+
+    of_client: Tensor
+    of_others: Tensor
+    none: bool
+    share: float
+
+
+def _label_priors(targets_B: Tensor, shares_C: Tensor, subject_B: Tensor | None) -> list[_LabelPrior]:
+    """Returns one for each strength."""
+    found = []
+    for strength in STRENGTHS:
+        none = strength == torch.inf
+        share = UNSHIFTED if none else (1 - UNSHIFTED) / (len(STRENGTHS) - 1)
+        found.append(_LabelPrior(*left_out_priors(targets_B, shares_C, strength, subject_B), none, share))
+    return found
 
 
 def _tempered(
     logits_BC: Tensor, plain: Callable[[ModelOutput, Batch], Tensor | None], linear: tuple[Tensor, Tensor] | None,
-    targets_B: Tensor, shares_C: Tensor, subject_B: Tensor | None,
+    priors: Sequence[_LabelPrior], temperatures: Sequence[float], share: float,
 ) -> list[Member]:  # fmt: skip
-    """Returns a member for each temperature and strength of the label prior."""
+    """Returns a member for each label prior and temperature. Their π sum to `share`."""
     found = []
-    for strength in STRENGTHS:
-        prior_C, others_BC = left_out_priors(targets_B, shares_C, strength, subject_B)
-        for temperature in TEMPERATURES:
-            log_BC = (temperature * logits_BC + others_BC).log_softmax(1)
-            found.append(Member(log_BC, plain, linear, temperature, prior_C, strength == torch.inf))
+    for prior in priors:
+        for temperature in temperatures:
+            log_BC = (temperature * logits_BC + prior.of_others).log_softmax(1)
+            own = share * prior.share / len(temperatures)
+            found.append(Member(log_BC, plain, linear, temperature, prior.of_client, prior.none, own))
     return found
 
 
@@ -152,7 +186,7 @@ def _weights(members: Sequence[Sequence[Member]], targets_B: Tensor) -> list[Ten
     """Returns each candidate's members' weights; all sum to 1."""
     rows = torch.arange(len(targets_B))
     evidence = [
-        torch.stack([0.5 * m.log_BC[rows, targets_B].sum() - rank for m in of]) - torch.tensor(float(len(of))).log()
+        torch.stack([0.5 * m.log_BC[rows, targets_B].sum() - rank + math.log(m.share) for m in of])
         for rank, of in enumerate(members)
     ]
     weight_M = torch.cat(evidence).softmax(0)
