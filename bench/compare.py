@@ -33,6 +33,7 @@ SKEWED = {"partition": {"kind": "dirichlet", "num_clients": 10, "concentration":
 WAY = PROTOTYPES | {"space": "offset", "redraw_every": 1, "shrinkage": 0.5}
 SUBSPACE = {"name": "subspace", "dimension": 64}
 FARTHER = {"kind": "extrapolated"}
+EPSILONS = (1, 2, 4)
 NAMED: dict[str, dict[str, Any]] = {
     "ficpd": {"method": WAY},
     "ficpd, number found": {"method": {**WAY, "num_prototypes": "auto"}},
@@ -133,7 +134,7 @@ def private(args: argparse.Namespace) -> dict[str, Any]:
         "tasks": {"polarity": group("polarity", args.data, 6, 300)},
         "partitions": {"alike": {"partition": IID["partition"] | {"num_clients": 6}}},
         "evaluate_every": 8,
-        "budgets": {f"ε = {e}": {"epsilon": float(e)} for e in (1, 2, 4)} | {"no privacy": {"epsilon": float("inf")}},
+        "budgets": {f"ε = {e}": {"epsilon": float(e)} for e in EPSILONS} | {"no privacy": {"epsilon": float("inf")}},
     }
 
 

@@ -20,8 +20,12 @@ from ficpd.experiments.results import RunResult, Scores
 RESULTS = Path(os.environ.get("FICPD_BENCH_RESULTS") or Path(__file__).parent / "results")
 CHANGES = os.environ.get("FICPD_BENCH_CHANGES", "").splitlines()
 """Settings `a.b=c` that replace those of every experiment of a bench, to run it at toy size."""
-if CHANGES and not os.environ.get("FICPD_BENCH_RESULTS"):
-    raise SystemExit("FICPD_BENCH_CHANGES is set without FICPD_BENCH_RESULTS: toy figures need a folder of their own")
+FEW = int(os.environ.get("FICPD_BENCH_RECORDS", "0")) or None
+"""Most training records of a client, for a bench at toy size."""
+if (CHANGES or FEW) and not os.environ.get("FICPD_BENCH_RESULTS"):
+    raise SystemExit(
+        "FICPD_BENCH_CHANGES or _RECORDS without FICPD_BENCH_RESULTS: toy figures need a folder of their own"
+    )
 
 
 def parse(text: str, changes: Iterable[str] = (), records: bool = True) -> config.Experiment:

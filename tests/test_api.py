@@ -93,6 +93,7 @@ def test_a_run_among_real_sites_is_refused(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_has_a_line_for_each_method(folder, tmp_path):
     (folder / "two.toml").write_text(COMPARISON)
     events = []

@@ -124,7 +124,7 @@ class Bench:
         paths = os.pathsep.join([str(BENCH), *filter(None, sys.path)])
         environment = os.environ | {
             "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FICPD_BENCH_RESULTS": str(self.results),
-            "FICPD_BENCH_CHANGES": "\n".join(changes),
+            "FICPD_BENCH_CHANGES": "\n".join(changes), "FICPD_BENCH_RECORDS": "30",
         }  # fmt: skip
         command = [sys.executable, *arguments]
         how = {"cwd": self.results.parent.parent, "capture_output": True, "text": True}
@@ -284,7 +284,7 @@ def test_library(bench, sets, tmp_path):
     bench.run("library", f"texts --data {sets} --texts {texts} --writer {sets / 'decoder'}")
     parts = ("mixed", "defaults", "private", "ablation", "clients")
     calls = [f"{part} --seeds 0 --rounds 1 --data {sets}" for part in parts]
-    few = {"RECORDS": 30, "SITE_RECORDS": 40, "CROWDS": (6, 8, 10)}
+    few: dict[str, Any] = {"CROWDS": (6, 8, 10)}
     few |= {name: {"polarity": 4, "abstracts": 2, "clinc": 2, "sib": 2, "banking": 2} for name in ("CLIENTS", "SITES")}
     bench.run("library", *calls, changes=(TINY, ONE_ROUND), **few)
     assert texts.exists()
@@ -337,7 +337,7 @@ def test_fpl(bench, sets):
 @pytest.mark.parametrize("part", ["gradients", "joining", "private", "blackbox_skewed", "mixed", "languages", "words"])
 def test_compare(bench, sets, part, tmp_path):
     call = f"{part} --seeds 0 --jobs 2 --data {sets} --e5 {sets} --out {tmp_path / 'runs'}"
-    bench.run("compare", call, changes=(TINY, ONE_ROUND), TASKS=("polarity",))
+    bench.run("compare", call, changes=(TINY, ONE_ROUND), TASKS=("polarity",), EPSILONS=(2,))
     found = bench.found(f"compare_{part}")
     assert found["conditions"]
     for condition in found["conditions"]:

@@ -115,6 +115,7 @@ def test_the_tour_lists_the_extras():
     assert named == set(EXTRAS) - {"bench", "dev"}
 
 
+@pytest.mark.slow
 def test_a_run_of_the_core_is_whole(folder):
     page = (folder / "run" / "report.html").read_text(encoding="utf-8")
     assert "ficpd[report]" in page
@@ -123,6 +124,7 @@ def test_a_run_of_the_core_is_whole(folder):
     assert json.loads(told)["finished"]
 
 
+@pytest.mark.slow
 def test_the_core_predicts_evaluates_and_adapts(folder):
     data = folder / "records.csv"
     for status, _, err in call(
@@ -153,6 +155,7 @@ MISSING = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_one_sentence_with_the_command(folder, tmp_path):
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "pictures.csv").write_text("text,target,site,image\n" + "a,good,x,a.png\nb,bad,x,a.png\n" * 4)

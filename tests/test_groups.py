@@ -141,6 +141,7 @@ def test_each_tasks_records_are_clipped_at_its_own_norm_found_without_a_record(t
         assert mechanism.guarantee()["clip_norm"] == norms[built.group_of.get(name, name.partition(".")[0])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ficpd", "centralized"])
 def test_a_private_federation_of_groups_states_the_norm_of_who_spent_most(tmp_path, method):
     result = run(tmp_path, *PRIVATE, method=method, rounds=1)

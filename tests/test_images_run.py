@@ -79,6 +79,7 @@ def finished(place) -> Path:
     return place / "run"
 
 
+@pytest.mark.slow
 def test_a_federation_learns_to_see(finished):
     metrics = RunResult.load(finished).scores
     assert metrics.zero_shot["accuracy"] > 0.15  # class means of three examples, of random features; guessing finds 0.1

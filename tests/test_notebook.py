@@ -47,6 +47,7 @@ def folder():
         yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's packages
 def test_the_notebook_runs_and_prints_what_it_stores(folder):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -55,6 +56,7 @@ def test_the_notebook_runs_and_prints_what_it_stores(folder):
     assert [unnumbered(text) for text in printed(notebook)] == [unnumbered(text) for text in stored]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_cell_that_raises_is_an_error(folder):
     cells = [nbformat.v4.new_code_cell("left = 1"), nbformat.v4.new_code_cell("left / 0")]

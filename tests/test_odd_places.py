@@ -127,6 +127,7 @@ def start(*words: object, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_output_replaces_what_its_encoding_cannot_hold(tmp_path):
     """The locale is ASCII, the recipe has a byte order mark, and ε is printed."""
     rows = "".join(f"{word} Tag ☀,gut,Süd\n{word} Tag ☁,bad,Nord\n" for word in small.GOOD * 3)
@@ -158,6 +159,7 @@ def test_a_byte_that_is_no_text_is_replaced(folder, monkeypatch, capsys):
     assert "UTF-8" in said(monkeypatch, capsys, *words)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_a_run_that_resumes(tmp_path):
     (tmp_path / "small.toml").write_text(small.toml(small.table(tmp_path / "records.csv"), rounds=10_000))
     out = tmp_path / "run"

@@ -95,6 +95,7 @@ def command(kind: str, *words: object, cwd: Path) -> subprocess.CompletedProcess
     return subprocess.run([*COMMANDS[kind], *map(str, words)], cwd=cwd, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMMANDS)
 @pytest.mark.parametrize("place", ["recipe's folder", "current folder"])
 def test_a_command_finds_own_modules(lab, tmp_path, kind, place):
@@ -111,6 +112,7 @@ def test_a_command_finds_own_modules(lab, tmp_path, kind, place):
         assert words in result
 
 
+@pytest.mark.slow
 def test_workers_of_a_comparison_find_own_modules(lab, tmp_path):
     text = 'name = "two"\nrecipe = "own.toml"\nseeds = [0]\n[methods.own]\nmethod.name = "mylab.method"\n'
     (lab / "two.toml").write_text(text)
@@ -118,6 +120,7 @@ def test_workers_of_a_comparison_find_own_modules(lab, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_package_of_the_same_name_elsewhere_does_not_hide_it(lab, tmp_path, monkeypatch):
     (tmp_path / "other" / "mylab").mkdir(parents=True)
     (tmp_path / "other" / "mylab" / "__init__.py").touch()

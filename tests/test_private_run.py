@@ -107,6 +107,7 @@ def test_a_private_run_sends_64_numbers_a_round_and_says_so(tmp_path):
     assert "dimension" in small.page(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):
     """A sampling rate is batch over records, and the noise and the exact epsilon follow from it: they stay out of what is
     handed on. So does a seed that the noise came from."""
@@ -128,6 +129,7 @@ def test_a_library_tells_its_guarantee_and_no_sites_record_count(tmp_path):
     assert "seed" in json.loads((tmp_path / "none" / "run" / "library" / "card.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_ledger_has_what_the_block_counts(tmp_path):
     block = small.run(tmp_path, "ficpd", *TWO).privacy
     for site, epsilon in block.epsilon_of_sites.items():
@@ -145,6 +147,7 @@ def test_the_plan_counts_each_clients_own_rounds(tmp_path):
     assert result.dropped_updates == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["record_gaussian", "client_gaussian", "shared_gaussian"])
 def test_a_client_that_is_never_invited_stops_no_run_and_spends_nothing(tmp_path, mechanism):
     changes = [f"privacy.name={mechanism}", "privacy.delta=1e-3", "privacy.epsilon=2", "federation.clients_per_round=2"]
@@ -161,6 +164,7 @@ def test_a_noise_multiplier_states_what_it_costs(tmp_path):
     assert block.epsilon == accountant.epsilon([PrivacyCost("prompt", line.sampling_rate, 3.0, 6)], 1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_the_budget_does_and_says_so(tmp_path):
     """Two steps a round at multiplier 3: the budget pays for two rounds of three at the site that pays least."""
     fixed = (*RECORD, "privacy.noise_multiplier=3.0")
@@ -354,6 +358,7 @@ def test_the_table_has_the_row_without_privacy_and_what_never_leaves(tmp_path):
     assert "ε alone" in text
 
 
+@pytest.mark.slow
 def test_a_statistic_has_its_own_line(tmp_path):
     block = small.run(tmp_path, "fedavg", *TWO, "privacy.statistics={ weight = 0.2 }").privacy
     found = {line.name: line for line in block.lines}
@@ -363,6 +368,7 @@ def test_a_statistic_has_its_own_line(tmp_path):
     assert block.epsilon <= 2
 
 
+@pytest.mark.slow
 def test_a_warning_names_the_reason(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

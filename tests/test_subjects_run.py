@@ -72,6 +72,7 @@ def test_a_run_with_subjects_states_them_as_the_unit(tmp_path, method):
     assert ONE_RECORD not in page
 
 
+@pytest.mark.slow
 def test_the_sampling_rate_is_of_subjects(tmp_path):
     """Sites of about ten patients and thirty records: a batch of four is a much larger share of the patients."""
     rates = [run(tmp_path / name, "fedavg", *changes, *PRIVATE).privacy.lines[0].sampling_rate
@@ -135,6 +136,7 @@ def site_file(folder: Path, subject: bool, more: str = "") -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_site_check_says_the_unit_and_what_several_records_cost(tmp_path):
     (tmp_path / "recipe.toml").write_text(recipe(context(tmp_path, "fedavg", *NOISED)))
     without = "\n".join(preflight_lines(site_file(tmp_path, False), tmp_path / "recipe.toml", 3))
@@ -274,6 +276,7 @@ class EachByItself(record_gaussian.RecordGaussian):
         return super().noisy_mean(values_KB, expected_batch, noise, grad_scale, torch.arange(values_KB.shape[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_canary_with_many_records_finds_a_mechanism_that_clips_records(seed):
     config = record_gaussian.Config(epsilon=2.0, delta=1e-3, clip_norm=0.1)
@@ -286,6 +289,7 @@ def test_a_canary_with_many_records_finds_a_mechanism_that_clips_records(seed):
     assert lower_bound(attacked, OF_SUBJECTS, trials=200, seed=seed).contradicts
 
 
+@pytest.mark.slow
 def test_an_audit_of_a_run_with_subjects_counts_them_as_canaries(tmp_path):
     run(tmp_path, "fedavg", BY_PATIENT, *PRIVATE, "data.test_fraction=0.5")
     found = audit_run(tmp_path / "run", shadows=2, members=20, canaries=30)

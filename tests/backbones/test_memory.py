@@ -54,6 +54,7 @@ def peak(work) -> int:
     return int(held.cumsum(0).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "group"), CHECKED, ids=[name for name, _ in CHECKED])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_formula_is_near_what_is_kept_and_above_the_peak(name, group, checkpointed):

@@ -194,6 +194,7 @@ def test_a_server_that_is_down_is_asked_as_often_as_was_said_and_then_given_up_b
         built(url="http://127.0.0.1:9/v1")
 
 
+@pytest.mark.slow
 def test_a_slow_answer_is_asked_for_again_and_counted_once(built, served):
     backbone = built(timeout=2.0)
     served.faults = [{"delay": 3.0}]

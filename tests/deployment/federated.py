@@ -50,12 +50,12 @@ class Federation:
             public = self.folder / "deploy" / "coordinator" / "sites" / f"{name}.pub"
             demo._flwr(self.home, "supernode", "register", "--name", name, str(public), "ficpd")
             self.start_node(name, ["ip", "netns", "exec", CUT] if name in inside else [])
+        self.until(lambda: all((self.folder / f"{name}.sock").exists() for name in self.sites), "the sites answer")
         self.until(lambda: demo._online(self.home) == len(self.sites), "the sites are connected")
 
     def start_site(self, name: str, file: Path) -> None:
         command = [sys.executable, "-m", "ficpd", "site", "run", str(file)]
-        site = self.running.enter_context(demo._started(f"ficpd-{name}", command, {}, self.folder))
-        demo._wait(lambda: (self.folder / f"{name}.sock").exists(), site, self.folder / f"ficpd-{name}.log")
+        self.running.enter_context(demo._started(f"ficpd-{name}", command, {}, self.folder))
 
     def start_link(self) -> None:
         command = demo._superlink(self.folder, self.port)

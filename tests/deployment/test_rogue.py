@@ -215,6 +215,7 @@ def test_the_units_keep_two_users_apart():
     assert int(site["UMask"], 8) & 0o077 == 0o077
 
 
+@pytest.mark.slow
 def test_nothing_can_be_read_but_the_socket(site: Running):
     """Records, ledger, seed, and the process itself with all that it has in memory."""
     state = site.folder / "state"

@@ -17,6 +17,7 @@ def metrics(folder):
     return [done.metrics for done in RunDir(folder / "run").rounds()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "changes"), [
     ("ficpd", PRIVATE), ("fedavg", PRIVATE), ("fpl", ()), ("local", ()), ("fedhpl", ()), ("feddtpt", ()),
     ("fedlora", ()),

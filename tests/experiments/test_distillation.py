@@ -94,6 +94,7 @@ def test_a_task_without_labels_teaches_nothing_and_keeps_nobody_else_from_it(tmp
     assert int(found.distillation.examples["plain"].split()[0]) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [(), ("privacy.name=record_gaussian", "privacy.noise_multiplier=1")])
 def test_copies_of_training_records_are_dropped_or_under_a_guarantee_counted(tmp_path, private):
     """Under a guarantee nothing is chosen by records."""

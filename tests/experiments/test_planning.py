@@ -59,6 +59,7 @@ def positions_of_a_run(given, folder: Path, monkeypatch) -> Counter:
     return counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ficpd", "fedavg", "fedbpt"])
 @pytest.mark.parametrize("evaluate_every", [0, 2])
 def test_a_plan_counts_what_a_run_asks(method, evaluate_every, tmp_path, monkeypatch, contexts):

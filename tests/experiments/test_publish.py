@@ -37,6 +37,7 @@ def reworded(file: Path, words: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "ficpd", "fpl"])
 def test_what_is_published_is_the_same_whatever_the_records_say(tmp_path, method, monkeypatch):
     found, table = [], small.table

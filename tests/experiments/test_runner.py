@@ -234,6 +234,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     """SIGKILL to a process of its own, once amid each of three methods; then to the end, and an unbroken run beside."""
@@ -273,6 +274,7 @@ def files_below(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ficpd", "local"])
 def test_a_crash_before_any_file_is_in_its_place_changes_nothing(tmp_path, monkeypatch, method):
     """Every moment at which the disk can be left: each resumed run ends with the files and numbers of an unbroken one."""

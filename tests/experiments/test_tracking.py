@@ -161,6 +161,7 @@ def test_mlflow_is_called_as_its_documentation_says(tmp_path, monkeypatch):
     assert [step for key, _, step in own["metrics"] if key == "bytes_up"] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # its own, of the libraries that it is made of
 @pytest.mark.parametrize("address", ["mlflow.db", None])
 def test_mlflow_itself_takes_it(tmp_path, monkeypatch, address):
@@ -224,6 +225,7 @@ def items_of(items: Any) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+@pytest.mark.slow
 def test_wandb_itself_takes_it_without_a_network(tmp_path, wandb):
     with followed("wandb", tmp_path / "run") as look:
         result = small.run(tmp_path, "fedavg", "federation.evaluate_records=0")

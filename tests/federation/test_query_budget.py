@@ -78,6 +78,7 @@ def test_a_poisson_sample_is_expected_to_be_large(model):
                 queries.before(1, ["site-0"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [(), PRIVATE])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupted_run_counts_as_one_that_was_not(tmp_path, monkeypatch, private, when):

@@ -68,6 +68,7 @@ class Near:
         return {name: self.engine._settled(name, came[name]) for name in orders}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names("methods"))
 def test_a_visit_gives_the_reply_and_the_state_of_the_process_itself(model, name):
     """In two rounds, so that the second one begins with the state and the records that the first one left."""

@@ -506,6 +506,7 @@ def test_a_way_that_is_named_is_taken_and_its_best_variant_tried(library, model)
         assert f"{found.way} as requested" in found.said
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_an_adaptation(library, model):
     given = records("size", 40, 3)
     one, two, other = (

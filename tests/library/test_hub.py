@@ -241,6 +241,7 @@ def test_an_id_that_is_none_and_a_missing_package_are_said(library, monkeypatch)
             ask(NAME)
 
 
+@pytest.mark.slow
 def test_publish_sends_what_it_copied(ficpd, tmp_path, online):
     small.run(tmp_path, "fedavg", "privacy.name=record_gaussian", "privacy.epsilon=8.0", "privacy.delta=1e-3",
               "privacy.clip_norm=0.5", "privacy.noise=cryptographic", rounds=1)  # fmt: skip

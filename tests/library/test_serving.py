@@ -112,6 +112,7 @@ def test_an_address_in_use_is_an_error(library):
             serve(library, "127.0.0.1", port, Limits(), print)
 
 
+@pytest.mark.slow
 def test_the_command_answers_on_a_socket_until_it_is_stopped(library):
     command = [sys.executable, "-u", "-m", "ficpd", "serve", str(library.folder), "--port", "0", "--max-texts", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -50,6 +50,7 @@ class Averages(FedBpt):
         return replace(state, arrays={**state.arrays, "search/mean": mean})
 
 
+@pytest.mark.slow
 def test_it_is_not_led_astray_by_clients_with_noisy_labels_as_plain_averages_are(model):
     """With the same queries: those whose losses are high are not among the parents of the next generation."""
     left = {}

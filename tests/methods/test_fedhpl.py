@@ -143,6 +143,7 @@ def skewed(shares: list[float], count: int, seed: str) -> list[Record]:
     return found
 
 
+@pytest.mark.slow
 def test_where_labels_are_skewed_it_is_better_than_everybody_alone():
     """Seven tenths of a client's records have one label; asked is about all alike."""
     labels = {label: " ".join(words) for label, words in MEANT.items()}

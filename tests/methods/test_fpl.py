@@ -470,6 +470,7 @@ def test_label_counts_are_a_noised_total_that_is_paid_once_and_exact_at_home(mod
     assert not session.costs
 
 
+@pytest.mark.slow
 def test_label_priors_need_a_share_of_the_budget_and_labels(tmp_path):
     asked = ["privacy.name=record_gaussian", "privacy.epsilon=8.0", "privacy.clip_norm=0.5", "method.label_prior=true"]
     unstated = r"the statistic 'labels', which has no share .*statistics = \{ labels = 0.05 \}"

@@ -15,6 +15,7 @@ DELTA = "privacy.delta=1e-3"
 STEPS = {"prompt": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "epsilon", "changes", "releases", "levels"), [
     ("dp_cma_es", 8, ["training.population=6"], {"prompt": 3}, {"global"}),
     ("dp_fpl", 2, [], STEPS, {"personal", "global"}),

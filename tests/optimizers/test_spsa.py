@@ -111,6 +111,7 @@ def test_a_strong_pull_keeps_it_where_it_began(model):
     assert float(held.norm()) < 0.5 * float(free.norm())
 
 
+@pytest.mark.slow
 def test_a_whole_run_without_gradients_finds_its_clip_norm(tmp_path, monkeypatch):
     from ficpd.backbones.tiny import Tiny
 

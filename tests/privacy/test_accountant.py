@@ -292,6 +292,7 @@ def test_a_budget_beyond_what_can_be_computed_is_refused_with_the_range(name, ep
         calibrate(epsilon, delta, lambda z: [PrivacyCost("prompt", 0.1, z, 100)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon_", EPSILONS)
 @pytest.mark.parametrize("delta", DELTAS)
 @pytest.mark.parametrize(("rate", "count"), [(1.0, 1), (0.5, 100), (0.01, 10), (0.5, 10_000)])

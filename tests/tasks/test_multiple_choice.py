@@ -290,6 +290,7 @@ def test_options_in_columns_of_their_own_and_a_decoder(tmp_path, llama):
     assert {json.loads(line)["prediction"] for line in said.stdout.splitlines()} <= {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_private_records_and_a_learned_subspace(tmp_path):
     private = ("privacy.name=record_gaussian", "privacy.epsilon=8.0", "compression={name='subspace',dimension=8}")
     result = run(experiment(table(tmp_path / "exam.jsonl"), OPTIONS, *private, rounds=1), tmp_path / "run")

@@ -56,6 +56,7 @@ def counted(out: Path) -> list[int]:
     return [done["updates"] for done in rounds(out)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "owed"), [(SETTLE, [1, 3]), (SEND, [1, 2, 3])])
 def test_a_site_that_is_killed_is_left_out_of_that_round_and_rejoins(places, out, moment, owed):
     """Before its ledger's commit nothing is owed; after it, what never left stays paid for, and nothing is paid again."""
@@ -149,6 +150,7 @@ LATE = ["the update's round is 2, expected 3", "two of its updates came together
 """Why an update is dropped in the next round where late ones do not count, and where they do: one of a site counts."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accept_late", [0, 1])
 def test_what_comes_after_the_deadline_is_dropped_and_counted_or_counts(places, out, accept_late):
     for place in places:
@@ -174,6 +176,7 @@ def test_a_slow_site_is_waited_for_until_the_deadline(places, out, accept_late):
     assert ledgers(places, out) == [[1, 2, 3], [1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_a_site_whose_line_is_cut_is_left_out_and_found_again(places, out):
     """It is asked who it is while the other works on the third round, which takes long enough here."""
     first, second = places
@@ -205,6 +208,7 @@ def test_a_node_whose_site_says_nothing_holds_nobody_up(places, out):
     assert counted(out) == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_messages_that_come_twice_late_or_never_are_paid_for_once(places, out):
     """Site 0 gets two of its orders twice; site 1 an old one after the next one, and the last one never."""
     for place in places:
@@ -216,6 +220,7 @@ def test_messages_that_come_twice_late_or_never_are_paid_for_once(places, out):
     assert "round 1 of fedavg after round 2 was answered" in places[1].log.read_text()
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_lost_is_paid_for_and_the_run_goes_on(places, out):
     for place in places:
         place.start()

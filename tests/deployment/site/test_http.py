@@ -79,6 +79,7 @@ def test_another_users_socket_or_state_is_left_alone(tmp_path):
             site(one, "site-0", folder)
 
 
+@pytest.mark.slow
 def test_a_socket_that_systemd_hands_over_is_used_as_it_is():
     """It has to live: a socket object that is dropped closes it."""
     with grids.short_folder() as folder:
@@ -157,6 +158,7 @@ def test_status_is_read_from_the_state_folder_while_the_site_runs_and_after(tmp_
         assert [run["rounds_served"] for run in rest["runs"].values()] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can look as somebody else")
 def test_root_looks_with_the_owners_eyes_and_nobody_else_looks(tmp_path):
     code = (
@@ -174,6 +176,7 @@ def test_root_looks_with_the_owners_eyes_and_nobody_else_looks(tmp_path):
         assert "belongs to user 54321" in run.stderr
 
 
+@pytest.mark.slow
 def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_path):
     from ficpd.deployment.site.preflight import preflight_lines
     from ficpd.errors import PolicyError
@@ -200,6 +203,7 @@ def test_check_says_what_would_leave_and_whether_the_policy_allows_a_recipe(tmp_
         list(preflight_lines(file, tmp_path / "recipe.toml", 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "begun_with", [b"", b"POST /train HTT", b"POST /train HTTP/1.1\r\nHost: site\r\nContent-Length: 9\r\n\r\nab"]
 )

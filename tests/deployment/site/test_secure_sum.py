@@ -53,7 +53,7 @@ def served(context: ExperimentContext, found: Mapping[str, Site], out: Path, fat
     from ficpd.deployment.flower_engine import Config, Flower
 
     grid = grids.Loopback({place: one.config.socket for place, one in enumerate(found.values(), 1)}, fates)
-    config = Config(poll_seconds=0.01, wait_seconds=5, deadline_seconds=4.0, sites=tuple(found))
+    config = Config(poll_seconds=0.01, wait_seconds=5, deadline_seconds=2.5, sites=tuple(found))
     engine = Flower(config, grid, "")  # type: ignore[arg-type]
     return coordinator.run_coordinator(recipe(context), "small.toml", out, engine, say=lambda line: None)
 
@@ -62,6 +62,7 @@ def rounds(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "ficpd"])
 def test_masked_sites_leave_the_library_of_a_simulation(tmp_path, method):
     asked = experiment(tmp_path, method, *SHARED, rounds=2)
@@ -98,6 +99,7 @@ def test_a_lost_site_does_not_stop_the_round(tmp_path, when):
     assert 0 < float((moved - context.start.vectors_PD).norm()) < 10
 
 
+@pytest.mark.slow
 def test_with_too_few_sites_the_round_is_void_and_the_next_one_goes_on(tmp_path):
     context = build_context(experiment(tmp_path, "fedavg", *SHARED, rounds=2))
     with sites(context) as found:
@@ -112,6 +114,7 @@ def test_with_too_few_sites_the_round_is_void_and_the_next_one_goes_on(tmp_path)
     assert max(spent.values()) <= 4.0
 
 
+@pytest.mark.slow
 def test_a_round_with_another_sites_key_is_void_names_it_and_costs_nothing(tmp_path, monkeypatch):
     context, advertise = build_context(experiment(tmp_path, "fedavg", *SHARED)), Member.advertise
 

@@ -82,6 +82,7 @@ def test_sites_are_not_waited_for_by_what_they_could_not_do(tmp_path, method, ch
     assert not (tmp_path / "served" / "resolved.toml").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "changes"), [
     *product(PRIVATE_METHODS, (PLAIN, PRIVATE)),
     *product(("local", "fedbpt"), (PLAIN,)),
@@ -109,6 +110,7 @@ def test_sites_leave_the_same_library_as_a_simulation(tmp_path, method, changes)
     assert (result.bytes.up_total, result.bytes.down_total) == (known.up_total, known.down_total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", ["by policy", "in the assignment"])
 def test_run_coordinator_of_a_refused_first_round_saves_no_library_and_can_resume(tmp_path, monkeypatch, refused):
     one = context(tmp_path, "fedavg")
@@ -194,6 +196,7 @@ def test_noise_of_a_real_site_is_the_operating_systems_whatever_the_recipe_says(
     assert len(seeds) == 2
 
 
+@pytest.mark.slow
 def test_noise_on_a_sum_of_real_sites_does_not_come_from_the_seed_that_they_all_have(tmp_path):
     one = context(tmp_path, "fedavg", *SUMMED)
     assert one.experiment.privacy.get("noise", "simulated") == "simulated"
@@ -438,6 +441,7 @@ def test_scores_leave_only_where_nothing_was_promised_and_the_owner_says_so(tmp_
         own.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     one = context(tmp_path, "fpl", *NOISED)
     with grids.sites(one) as found:

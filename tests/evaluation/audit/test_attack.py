@@ -78,6 +78,7 @@ def unsound(monkeypatch) -> str:
     return "privacy.name=tests.broken"
 
 
+@pytest.mark.slow
 def test_an_overfitted_prompt_tells_its_members(overfitted):
     found = audit_run(overfitted, canaries=0, shadows=2)
     assert found.advantage >= 0.3
@@ -108,6 +109,7 @@ def test_a_readout_that_knows_its_members_is_attacked_through_the_librarys_answe
     assert found.advantage > 0.4
 
 
+@pytest.mark.slow
 def test_a_private_run_that_releases_sums_alone_is_audited(tmp_path):
     changes = (*NOISED, "task.tuned_head=false", "method.name=class_means")
     run = federation(tmp_path, "privacy.name=record_gaussian", *changes, rounds=1)
@@ -116,6 +118,7 @@ def test_a_private_run_that_releases_sums_alone_is_audited(tmp_path):
     assert not found.alarm
 
 
+@pytest.mark.slow
 def test_noise_hides_the_members_and_is_not_contradicted(tmp_path):
     run = federation(tmp_path, "privacy.name=record_gaussian", *NOISED, rounds=4)
     found = audit_run(run, canaries=30, shadows=2)
@@ -128,6 +131,7 @@ def test_noise_hides_the_members_and_is_not_contradicted(tmp_path):
     assert "not a proof" in verdict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["clips_the_mean", "noise_off_by_the_batch"])
 def test_a_broken_mechanism_raises_the_alarm_and_status_3(tmp_path, unsound, ficpd, how):
     run = federation(tmp_path, unsound, f"privacy.how={how}", *NOISED, rounds=2)
@@ -137,6 +141,7 @@ def test_a_broken_mechanism_raises_the_alarm_and_status_3(tmp_path, unsound, fic
     assert json.loads((run / "audit.json").read_text())["alarm"] is True
 
 
+@pytest.mark.slow
 def test_planted_records_are_noticed_where_they_are_learned_by_heart(tmp_path, monkeypatch):
     """No privacy, and a prompt that learns its records: those whose coin fell heads score higher."""
     folder, guessed = federation(tmp_path, "data.max_records=10", "training.batch_size=32", rounds=40), []
@@ -170,6 +175,7 @@ def test_client_level_runs_are_audited_by_their_own_kind_of_release(tmp_path, pl
     assert found.planted.delta == pytest.approx(1e-3 if times == 1 else 1e-3 * (1 + np.exp(found.epsilon)), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_of_a_secure_sum_is_attacked_by_who_sees_the_sum(tmp_path, steps):
     changes = (
@@ -185,6 +191,7 @@ def test_a_run_of_a_secure_sum_is_attacked_by_who_sees_the_sum(tmp_path, steps):
     assert not found.alarm
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_early_is_held_to_what_it_released(tmp_path):
     changes = ("privacy.name=record_gaussian", "privacy.noise_multiplier=2", "privacy.epsilon=3", *NOISED[1:])
     run = audit.open_run(federation(tmp_path, *changes, rounds=8), "cpu")
@@ -343,6 +350,7 @@ def test_a_seed_fixes_the_audit(modest):
     assert one != audit_run(modest, canaries=6, shadows=1, seed=2)
 
 
+@pytest.mark.slow
 def test_progress_counts_shadow_prompts_rounds_with_canaries_and_runs_of_the_mechanism(tmp_path):
     run, heard = federation(tmp_path, "privacy.name=record_gaussian", *NOISED, rounds=4), {}
 
@@ -380,6 +388,7 @@ def given_away(overfitted, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_library_is_attacked_by_its_members(given_away, ficpd):
     words = ("audit", given_away / "library", "--trained", given_away / "in.csv", "--others", given_away / "out.csv")
     status, out, err = ficpd(*words, "-c", "text=sentence", "--shadows", 2)

@@ -31,6 +31,7 @@ def test_separated_members_are_all_found():
     assert (found.num_members, found.num_nonmembers) == (1000, 1000)
 
 
+@pytest.mark.slow
 def test_known_normal_scores():
     found = attack_metrics(*scores(shift=1.0, seed=1, each=10000), seed=1)
     assert found.auc == pytest.approx(norm.cdf(1 / np.sqrt(2)), abs=0.01)

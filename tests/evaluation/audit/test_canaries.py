@@ -55,6 +55,7 @@ def test_no_sound_mechanism_is_above_its_epsilon(kind, seed):
     assert bound.epsilon <= bound.stated == spent <= 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_large_epsilon_shows(kind):
     assert 0.3 < lower_bound(client(built(kind, 8.0)), PLAN, trials=400).epsilon <= 8.0
@@ -74,6 +75,7 @@ def unclipped(self, name, chunks, noise, subject_B=None):
     return noise.add_gaussian(sum(chunk.double().sum(0) for chunk in chunks), 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "fault"),
     [(SUMS_ALONE, None), (SUMS_ALONE, quiet), (SUMS_ALONE, unclipped), (SUMS_TOO, None), (SUMS_TOO, unclipped)],

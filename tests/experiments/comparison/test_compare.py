@@ -71,6 +71,7 @@ def finished(tmp_path_factory) -> tuple[Path, Grid, ComparisonResult]:
     return folder / "out", given, found
 
 
+@pytest.mark.slow
 def test_one_failing_method_does_not_stop_the_others(finished):
     out, _, found = finished
     assert len(found.cells) == 2 * 2 * 7
@@ -183,6 +184,7 @@ def test_what_it_leaves_can_be_read_again_and_is_plain_json(finished):
     assert (out / "tables" / "cells.csv").read_text().count("\n") == 29
 
 
+@pytest.mark.slow
 def test_a_second_call_runs_only_what_failed(finished):
     out, given, found = finished
     before, keys = times(out), []
@@ -209,6 +211,7 @@ def again(once, tmp_path) -> tuple[Grid, Path]:
     return given, tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_a_larger_grid_runs_only_what_is_new(once, again):
     _, out = again
     before = times(out)
@@ -219,6 +222,7 @@ def test_a_larger_grid_runs_only_what_is_new(once, again):
     assert {file: after[file] for file in before} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_half_done_goes_on_from_its_last_round(tmp_path):
     """Its process is killed in the second round; the second call finds the cause gone, and the first round's checkpoint."""
     given = plan(tmp_path, troubled("killed", tmp_path / "better"))
@@ -261,6 +265,7 @@ def test_the_hash_of_the_records_tells_a_changed_word_and_another_holder(tmp_pat
     assert len(set(hashes)) == 3
 
 
+@pytest.mark.slow
 def test_one_world_serves_cells_that_differ_in_more_than_the_method(tmp_path):
     """The same backbone in memory; its figures are those of a world of their own."""
     given = plan(tmp_path, "[methods.fedavg]\n" + FREE + PRIVATE)
@@ -330,6 +335,7 @@ def compare_command(ficpd) -> Callable[..., tuple[int, str, str]]:
     return partial(ficpd, "compare")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_failed_and_ends_with_status_3(compare_command, tmp_path):
     plan(tmp_path, troubled("error"))
     sweep = "training.local_steps=1,2"
@@ -366,6 +372,7 @@ def test_a_mistake_is_one_sentence(compare_command, tmp_path):
         assert compare_command(*words)[0] == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_and_leaves_what_is_finished(tmp_path):
     """The interrupted run's process is gone, its lock with it, and the same command goes on."""
     plan(tmp_path, troubled("slow", tmp_path / "better"))

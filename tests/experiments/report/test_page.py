@@ -119,6 +119,7 @@ def test_sections_without_data_are_left_out(folder, tmp_path):
     assert all(section.blocks for section in page.sections)
 
 
+@pytest.mark.slow
 def test_a_real_run_of_prototypes_is_drawn_with_its_clients(tmp_path):
     small.run(tmp_path, "ficpd", "method.num_prototypes=2", "federation.evaluate_records=0", "privacy.name=record_gaussian",
               "privacy.epsilon=8", 'baselines=["local"]')  # fmt: skip

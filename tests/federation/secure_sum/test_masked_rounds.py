@@ -35,6 +35,7 @@ def grouped(folder: Path, *changes: str) -> RunResult:
     return run_experiment(parse(toml(folder, rounds=2), "groups.toml", (*SHARED, *changes)), folder / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "ficpd"])
 def test_masked_and_plain_sums_are_equal_bit_for_bit(tmp_path, method):
     small.run(tmp_path / "plain", method, *SHARED, rounds=2)
@@ -45,6 +46,7 @@ def test_masked_and_plain_sums_are_equal_bit_for_bit(tmp_path, method):
     assert sizes[1] > sizes[0], "keys and shares have travelled"
 
 
+@pytest.mark.slow
 def test_several_tasks_are_parts_of_one_sum_and_clusters_of_their_own(tmp_path):
     found = [grouped(tmp_path / name, *more) for name, more in (("plain", ()), ("masked", (MASKS,)))]
     plain, masked = (checkpoint(tmp_path / name) for name in ("plain", "masked"))
@@ -56,6 +58,7 @@ def test_several_tasks_are_parts_of_one_sum_and_clusters_of_their_own(tmp_path):
     assert {line.name for line in found[0].privacy.lines} == {"prompt", "classes"}
 
 
+@pytest.mark.slow
 def test_every_client_adds_its_noise_to_every_part(tmp_path, monkeypatch):
     added: list[tuple[int, int]] = []
     original = SeededNoise.add_discrete_gaussian
@@ -70,6 +73,7 @@ def test_every_client_adds_its_noise_to_every_part(tmp_path, monkeypatch):
     assert sum(empty for _, empty in added) == 6
 
 
+@pytest.mark.slow
 def test_without_noise_the_step_is_that_of_the_mean_of_all_sites(tmp_path, monkeypatch):
     """The same samples, and batches of one expected size: what each site would send by itself, averaged."""
     monkeypatch.setattr(SeededNoise, "add_discrete_gaussian", lambda self, whole, deviation: whole)
@@ -133,6 +137,7 @@ def test_what_needs_more_than_a_sum_is_refused(tmp_path, method, changes):
     assert not list(tmp_path.glob("run/rounds.jsonl")) or not (tmp_path / "run" / "rounds.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_baselines_that_share_nothing_run_beside(tmp_path):
     found = small.run(tmp_path, "ficpd", *SHARED, "baselines=['local','centralized','fedavg']", rounds=1)
     of = {name: RunResult.load(tmp_path / "run" / "baselines" / name) for name in ("local", "centralized", "fedavg")}
