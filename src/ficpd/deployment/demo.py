@@ -55,16 +55,17 @@ def _run(folder: Path, out: Path, rounds: int, say: Say, running: ExitStack, sec
     link = running.enter_context(_started("superlink", _superlink(folder, inner), env, folder))
     _wait(lambda: _listens(inner), link, folder / "superlink.log")
     say(f"SuperLink listens after {time.monotonic() - began:.1f} s")
-    began = time.monotonic()
+    began, sites = time.monotonic(), {}
     for (name, domain), port in zip(SITES.items(), outer, strict=True):
         public = folder / "deploy" / "coordinator" / "sites" / f"{name}.pub"
         _flwr(flwr_home, "supernode", "register", "--name", name, str(public), "ficpd")
         command = [sys.executable, "-m", "ficpd", "site", "run", str(_site(folder, name, domain))]
-        site = running.enter_context(_started(f"site-{name}", command, {}, folder))
-        _wait(lambda name=name: (folder / f"{name}.sock").exists(), site, folder / f"site-{name}.log")
+        sites[name] = running.enter_context(_started(f"site-{name}", command, {}, folder))
         command = _supernode(folder, name, ca, inner, port)
         site_env = {"FLWR_HOME": str(folder / f"flower-{name}")}
         running.enter_context(_started(f"supernode-{name}", command, site_env, folder))
+    for name, site in sites.items():
+        _wait(lambda name=name: (folder / f"{name}.sock").exists(), site, folder / f"site-{name}.log")
     _wait(lambda: _online(flwr_home) == len(SITES), link, folder / "superlink.log")
     say(f"{len(SITES)} sites are connected after {time.monotonic() - began:.1f} s")
     began = time.monotonic()
