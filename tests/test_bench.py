@@ -124,7 +124,7 @@ class Bench:
         paths = os.pathsep.join([str(BENCH), *filter(None, sys.path)])
         environment = os.environ | {
             "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FICPD_BENCH_RESULTS": str(self.results),
-            "FICPD_BENCH_CHANGES": "\n".join(changes), "FICPD_BENCH_RECORDS": "30",
+            "FICPD_BENCH_CHANGES": "\n".join(changes), "FICPD_BENCH_RECORDS": "60",
         }  # fmt: skip
         command = [sys.executable, *arguments]
         how = {"cwd": self.results.parent.parent, "capture_output": True, "text": True}
