@@ -29,7 +29,7 @@ from ficpd.types import Answer, Batch, ModelOutput, Predictor, Query, Readout
 TEMPERATURES, HEAD_TEMPERATURES = (0.5, 1.0, 2.0), (0.5, 1.0)
 """The temperatures of a readout as received, and of own heads, whose scale fits the records already."""
 AS_RECEIVED, UNSHIFTED = 0.8, 0.5
-"""The shares of π of the readout as received (where there are own heads), and of the members without a label prior."""
+"""π of the readout as received where there are own heads, and of the members without a label prior."""
 WITHOUT_PRIOR = 0.1
 """Minimum weight of the members without a label prior, for clients whose labels shift."""
 NEGLIGIBLE = 1e-4
