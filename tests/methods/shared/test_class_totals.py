@@ -128,6 +128,30 @@ def test_a_readout_reads_records_that_it_was_not_learned_from(gram):
     assert readout.shares_C.tolist() == pytest.approx([1 / 3] * 3, abs=0.01)
 
 
+def test_the_scale_of_a_readout_fits_records_that_it_was_not_learned_from():
+    """300 records of 200 features: their own scores are far more certain than those of others."""
+    labels, width, random = 6, 200, torch.Generator().manual_seed(3)
+    means = F.normalize(torch.randn(labels, width, generator=random), dim=1)
+
+    def drawn(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        of = torch.arange(number) % labels
+        return F.normalize(means[of] + 0.3 * torch.randn(number, width, generator=random), dim=1), of
+
+    known = PublicFeatures.of(drawn(64)[0])
+    own, others = drawn(300), drawn(600)
+    rows = class_totals.total_rows(*own, known.centre_D, known.scale, labels, True)
+    summed = class_totals.split_totals(rows.double().sum(0), labels, labels, width, True)
+    readout = learn_readout([summed], torch.zeros(labels, width), known)
+
+    def losses(features: torch.Tensor, of: torch.Tensor) -> dict[float, float]:
+        logits = features @ readout.rows_CD.T + readout.bias_C
+        return {factor: float(F.cross_entropy(factor * logits, of)) for factor in (2.0**n for n in range(-6, 7))}
+
+    found = losses(*others)
+    assert found[1.0] < 2 * min(found.values())
+    assert losses(*own)[4.0] < losses(*own)[1.0], "a scale that fits the own records is larger"
+
+
 @pytest.mark.parametrize("gram", [False, True])
 def test_a_label_without_records_keeps_its_text(gram):
     """The third label's text points the way of its records, which nobody has."""

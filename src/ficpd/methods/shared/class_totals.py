@@ -28,6 +28,8 @@ PENALTIES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 """Candidate penalties of the ridge regression. Generalised cross-validation chooses one."""
 CAUTION = 0.5
 """Factor on the scale that is best for the totals, because other records score lower than training records."""
+LEAST_LEFT = 0.02
+"""Minimum of `left` (see `_best_scale`), for fewer records than features."""
 DRAWS = 100
 SURE = 2.0
 """Minimum number of records, in standard errors of the noise on their count."""
@@ -213,10 +215,15 @@ def ridge_penalty(totals: ClassTotals, prior_CD: Tensor, least: float = 0.0) -> 
     def error(penalty: float) -> float:
         rows_CD, _ = ridge_rows(totals, penalty, prior_CD)
         squares = total - 2 * (rows_CD * cross_CD).sum() + ((rows_CD @ centred_DD) * rows_CD).sum()
-        free = 1 + (values_D / (values_D + penalty)).sum()
+        free = _degrees_of_freedom(values_D, penalty)
         return float(squares.clamp(min=0) / (records - free).clamp(min=TINY) ** 2)
 
     return min((least + penalty for penalty in PENALTIES), key=error)
+
+
+def _degrees_of_freedom(values_D: Tensor, penalty: float) -> Tensor:
+    """Returns those of a ridge regression with an intercept, from the eigenvalues of the centred Gram matrix."""
+    return 1 + (values_D / (values_D + penalty)).sum()
 
 
 def _ridge(
@@ -238,7 +245,9 @@ def _ridge(
         means_CD = totals.sums_CD / totals.counts_C.clamp(min=1)[:, None]
         within = totals.gram_DD - (means_CD * totals.counts_C[:, None]).T @ means_CD
         within_DD = within / max(float(records) - len(means_CD), 1.0)
-        scale = _best_scale(rows_CD, bias_C, means_CD, within_DD, shares_C)
+        free = _degrees_of_freedom(torch.linalg.eigvalsh(centred_DD).clamp(min=0), penalty)
+        left = float((1 - free / records).clamp(min=LEAST_LEFT))
+        scale = _best_scale(rows_CD, bias_C, means_CD, within_DD, shares_C, left)
     return _in_features(rows_CD, bias_C, shares_C, public, scale), (penalty, scale)
 
 
@@ -302,16 +311,24 @@ def _in_features(rows_CD: Tensor, bias_C: Tensor, shares_C: Tensor, public: Publ
     return Readout(rows.float(), (bias_C - bias_C.mean()).float(), shares_C.float())
 
 
-def _best_scale(rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Tensor, shares_C: Tensor) -> float:
-    """Returns the factor of scores with the smallest log loss of records drawn around the class means."""
+def _best_scale(
+    rows_CD: Tensor, bias_C: Tensor, means_CD: Tensor, within_DD: Tensor, shares_C: Tensor, left: float = 1.0
+) -> float:
+    """Returns the factor of scores with the smallest log loss of records drawn around the class means.
+
+    left: for a regression of one-hot labels on the same records, 1 less its degrees of freedom for each record. Residuals
+        of records left out are 1 / left times as large (as in generalised cross-validation).
+    """
     known = shares_C > 0
-    spread = rows_CD @ within_DD @ rows_CD.T
+    spread = rows_CD @ within_DD @ rows_CD.T / left**2
     spread += (1e-4 * spread.diagonal().mean().clamp(min=1e-12)) * torch.eye(len(spread), dtype=torch.double)
     values, vectors = torch.linalg.eigh(spread)
     # symmetric, because signs depend on the machine
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     noise = torch.randn(DRAWS, len(spread), generator=rng.make_generator(0, "scale"), dtype=torch.double) @ root
-    scores_KNC = (means_CD @ rows_CD.T + bias_C)[known][:, None] + noise
+    wanted_CC = torch.eye(len(spread), dtype=torch.double)
+    scores_CC = wanted_CC - (wanted_CC - means_CD @ rows_CD.T - bias_C) / left
+    scores_KNC = scores_CC[known][:, None] + noise
     labels = known.nonzero()[:, 0]
     weight_K = shares_C[known] / shares_C[known].sum()
 
