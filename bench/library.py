@@ -30,7 +30,7 @@ from ficpd.experiments.runner import no_progress, run_method
 from ficpd.library.distillation.generation import generate_texts
 from ficpd.registry import validated_section
 from ficpd.tasks.build import build_task
-from measure import FEW, Cells, parse
+from measure import MOST_RECORDS, Cells, parse
 
 POLARITY = {
     "task": {
@@ -69,7 +69,7 @@ PRIVATE: dict[str, Any] = {
 
 def group(name: str, data: str, clients: int, records: int) -> dict[str, Any]:
     """One task's part of the recipe: `clients` of about `records` training records."""
-    most = round(clients * min(records, FEW or records) / TRAIN_SHARE[name])
+    most = round(clients * min(records, MOST_RECORDS or records) / TRAIN_SHARE[name])
     if name == "polarity":
         parts = {key: dict(value) for key, value in POLARITY.items()}
         parts["data"]["max_records"], parts["partition"]["num_clients"] = most, clients

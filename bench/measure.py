@@ -20,9 +20,9 @@ from ficpd.experiments.results import RunResult, Scores
 RESULTS = Path(os.environ.get("FICPD_BENCH_RESULTS") or Path(__file__).parent / "results")
 CHANGES = os.environ.get("FICPD_BENCH_CHANGES", "").splitlines()
 """Settings `a.b=c` that replace those of every experiment of a bench, to run it at toy size."""
-FEW = int(os.environ.get("FICPD_BENCH_RECORDS", "0")) or None
+MOST_RECORDS = int(os.environ.get("FICPD_BENCH_RECORDS", "0")) or None
 """Most training records of a client, for a bench at toy size."""
-if (CHANGES or FEW) and not os.environ.get("FICPD_BENCH_RESULTS"):
+if (CHANGES or MOST_RECORDS) and not os.environ.get("FICPD_BENCH_RESULTS"):
     raise SystemExit(
         "FICPD_BENCH_CHANGES or _RECORDS without FICPD_BENCH_RESULTS: toy figures need a folder of their own"
     )
